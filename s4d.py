@@ -1,0 +1,414 @@
+"""S4D, the diagonal state space layer: S4 with everything removed that can be removed.
+
+    Gu, Gupta, Goel, Re: On the Parameterization and Initialization of Diagonal State Space Models, arXiv 2206.11893
+
+`python s4d.py` checks all modes against each other, `python s4d.py figures/s4d.png` draws the figure.
+
+The model. Each of the h features u(t) drives a linear system of its own with n states,
+
+    x'(t) = A x(t) + B u(t),     y(t) = C x(t) + D u(t).                                              (1)
+
+Sampled with step size dt this becomes a recurrence, with x_{-1} = 0 or the state that was handed over,
+
+    x_k = A_bar x_{k-1} + B_bar u_k,     y_k = C x_k + D u_k,                                         (2)
+
+and unrolled, y is a convolution of u with a kernel K, plus D u:
+
+    K_k = C A_bar^k B_bar.                                                                            (3)
+
+Training uses (3), in parallel over the whole sequence by FFT; generation uses (2), one step at a time.
+
+What came before. S4 keeps A = diagonal minus low rank, to start from the HiPPO matrix, and pays with a Cauchy
+kernel and the Woodbury identity. S4D drops the low-rank part: A is n numbers, (3) is a product with a Vandermonde
+matrix, and with the right initial eigenvalues it works almost as well.
+
+Why complex numbers, and why 2 Re? A real matrix has complex eigenvalues, decaying oscillations, in conjugate pairs.
+The second of a pair adds the conjugate of what the first adds. So n/2 are stored, and y = 2 Re(C x).
+
+Why zero-order hold? If u is constant between samples it solves (1) exactly, and for a diagonal A it costs one
+exponential. The bilinear transform belongs to a dense A, whose exponential is expensive (lssl.py, s4.py).
+
+The fast kernel. Write time with two digits, k = jT + i, T about sqrt(l). Then A_bar^k = A_bar^{jT} A_bar^i and
+
+    K_{jT+i} = 2 Re sum_n (C_n B_bar_n A_bar_n^{jT}) (A_bar_n^i)                                      (4)
+
+is one product of two small matrices, from n (T + l/T) powers instead of n l. They are computed in double precision,
+because A_bar^k multiplies the rounding of A_bar by k. The same two digits turn a state into its future outputs and
+an input into the state that it leaves. So a sequence longer than memory is a loop over chunks.
+
+What is trained: log_dt (one step size per feature), A, C and D. B stays 1: only the product of C and B matters.
+
+Symbols: b batch, h features (d_model), n states (d_state; n/2 are stored), l length; u, y (b, h, l);
+x (b, h, n/2) complex; A, B, A_bar, B_bar, C (h, n/2) complex; dt, D (h); K (h, l).
+"""
+
+import math
+import sys
+import time
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+def require(ok: bool, name: str, value, remedy: str) -> None:
+    """Raise a ValueError that names the argument, the value received and the remedy."""
+    if not ok:
+        raise ValueError(f"{name} = {value!r}: {remedy}")
+
+
+def check_number(name: str, value, kind: type = float, even: bool = False) -> None:
+    """value must be a positive, finite number; with kind=int a whole one."""
+    ok = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
+    require(ok and not (even and value % 2), name, value, f"pass a positive{' even' * even} {kind.__name__}")
+
+
+def check_tensor(name: str, x, shape: tuple, kind: str = "floating_point") -> None:
+    """x must be a tensor of this kind and shape, in which a letter stands for any size from 1 up."""
+    ok = isinstance(x, Tensor) and getattr(x, f"is_{kind}")() and x.ndim == len(shape)
+    ok = ok and all(size > 0 if isinstance(want, str) else size == want for size, want in zip(x.shape, shape))
+    got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else x
+    require(ok, name, got, f"pass a {kind.replace('_', ' ')} tensor of shape ({', '.join(map(str, shape))})")
+
+
+def learning_rates(layer: nn.Module, lr, names: dict) -> dict:
+    """{parameter: learning rate} from one rate, a dict by short name (1e-3 where left out), or None: no own rates.
+
+    names: {short name: its parameters}. A rate of 0.0 freezes them.
+    """
+    if lr is None:
+        return {}
+    rates = dict.fromkeys(names, 1e-3) | (lr if isinstance(lr, dict) else dict.fromkeys(names, lr))
+    for short, rate in rates.items():
+        ok = short in names and isinstance(rate, (int, float)) and 0 <= rate < math.inf
+        require(ok, "lr", lr, f"pass one rate >= 0, a dict of rates for {', '.join(names)}, or None")
+    parameters = dict(layer.named_parameters())
+    rates = {name: float(rates[short]) for short in names for name in names[short] if name in parameters}
+    for name, rate in rates.items():
+        parameters[name].requires_grad_(rate > 0)
+    return rates
+
+
+# ------------------------------------------------------------------------------------------------ the matrix A
+
+MEASURES = ("diag-lin", "diag-inv", "diag-quad", "diag-real", "diag-legs")
+
+REAL_TYPES = {   # -Re A as a function of the parameter, and the inverse; "none" does not keep it positive
+    "exp": (torch.exp, torch.log),
+    "relu": (lambda raw: raw.relu() + 1e-4, lambda value: value - 1e-4),
+    "softplus": (nn.functional.softplus, lambda value: value + torch.log(-torch.expm1(-value))),
+    "none": (lambda raw: raw, lambda value: value),
+}
+
+
+def legs_eigenvalues(n: int) -> Tensor:
+    """Positive imaginary parts of the eigenvalues of -1/2 + S, the normal part of HiPPO-LegS, descending: (n/2).
+
+    S is skew-symmetric with S_ij = sqrt((2i+1)(2j+1)) / 2 above the diagonal (arXiv 2206.11893, section 4.1),
+    so i S is Hermitian and its eigenvalues are real and sorted.
+    """
+    p = torch.sqrt(2 * torch.arange(n, dtype=torch.float64) + 1)
+    S = torch.triu(p[:, None] * p / 2, 1)
+    return torch.linalg.eigvalsh(1j * (S - S.mT)).flip(0)[:n // 2]
+
+
+def initial_A(measure: str, h: int, n: int, real_random: bool = False, imag_random: bool = False) -> Tensor:
+    """The eigenvalues, with Im A >= 0, that training starts from (arXiv 2206.11893, section 4): (h, n/2) complex128.
+
+    -Re A is 1/2, or uniform in (0, 1) with real_random; for diag-real, A = -(1 + i). The index i = 0 ... n/2 - 1
+    is uniform in (0, n/2) with imag_random, and for diag-real with real_random.
+    """
+    require(measure in MEASURES, "measure", measure, f"choose one of {', '.join(MEASURES)}")
+    require(not (imag_random and measure in MEASURES[3:]), "imag_random", True, f"{measure} fixes Im A, pass False")
+    half = torch.full((h, n // 2), 0.5, dtype=torch.float64)
+    real = torch.rand_like(half).clamp(min=1e-3) if real_random else half
+    i = torch.arange(n // 2, dtype=torch.float64).expand(h, -1)
+    if imag_random or (real_random and measure == "diag-real"):
+        i = n / 2 * torch.rand_like(half)
+    if measure == "diag-real":
+        return torch.complex(-1 - i, 0 * i)
+    imag = {"diag-lin": lambda: math.pi * i,
+            "diag-inv": lambda: n / math.pi * (n / (2 * i + 1) - 1),
+            "diag-quad": lambda: (2 * i + 1) ** 2 / math.pi,
+            "diag-legs": lambda: legs_eigenvalues(n).expand(h, -1)}[measure]()
+    return torch.complex(-real, imag)
+
+
+# ------------------------------------------------------------------------------------------------ from (1) to (2)
+
+def phi(z: Tensor) -> Tensor:
+    """(exp(z) - 1) / z, which is 1 at z = 0; near 0 by the Taylor series, since the difference would cancel."""
+    small = z.abs() < 1e-3
+    series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5)))
+    z = torch.where(small, 1, z)             # keeps the gradient of the branch that is not taken finite
+    return torch.where(small, series, (z.exp() - 1) / z)
+
+
+def discretize_zoh(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero-order hold: A_bar = exp(dt A), B_bar = A^-1 (exp(dt A) - 1) B."""
+    return torch.exp(dt * A), dt * phi(dt * A) * B
+
+
+def discretize_bilinear(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Bilinear transform: A_bar = (1 + dt A / 2) / (1 - dt A / 2), B_bar = dt B / (1 - dt A / 2)."""
+    return (1 + dt * A / 2) / (1 - dt * A / 2), dt * B / (1 - dt * A / 2)
+
+
+DISCRETIZATIONS = {"zoh": discretize_zoh, "bilinear": discretize_bilinear}
+
+
+class Discrete(NamedTuple):
+    """The matrices of the recurrence (2), each (h, n/2) complex."""
+    A_bar: Tensor
+    B_bar: Tensor
+    C: Tensor
+
+
+# ------------------------------------------------------------------------------------------------ time in two digits
+
+def powers(a: Tensor, count: int) -> Tensor:
+    """a^0, a^1, ..., a^(count - 1) on a new last axis, by doubling: (h, n) -> (h, n, count)."""
+    p = torch.ones_like(a)[..., None]
+    while p.shape[-1] < count:
+        p = torch.cat([p, p * (p[..., -1:] * a[..., None])], -1)
+    return p[..., :count]
+
+
+def two_digits(a: Tensor, l: int) -> tuple[Tensor, Tensor]:
+    """low = a^i (h, n, T) and high = a^{jT} (h, n, J) with T = ceil(sqrt(l)), J = ceil(l / T), so that JT >= l."""
+    T = math.isqrt(l - 1) + 1
+    low = powers(a, T)
+    return low, powers(low[..., -1] * a, -(-l // T))
+
+
+def split(z: Tensor, dtype: torch.dtype, conj: bool = False) -> Tensor:
+    """[Re z; Im z], or [Re z; -Im z], (.., n, k) -> (.., 2n, k): turns Re sum_n v_n w_n into a real product."""
+    return torch.cat([z.real, -z.imag if conj else z.imag], -2).to(dtype)
+
+
+def ssm_kernel(d: Discrete, l: int, dtype: torch.dtype) -> Tensor:
+    """The kernel (3) by equation (4): (h, l)."""
+    low, high = two_digits(d.A_bar, l)
+    high = high * (2 * d.C * d.B_bar)[..., None]
+    return (split(high, dtype).mT @ split(low, dtype, conj=True)).flatten(-2)[..., :l]
+
+
+def output_of_state(d: Discrete, x: Tensor, l: int, dtype: torch.dtype) -> Tensor:
+    """What the state x (b, h, n) adds to the next l outputs: 2 Re sum_n C_n A_bar_n^{k+1} x_n, (b, h, l)."""
+    low, high = two_digits(d.A_bar, l)
+    low = low * (2 * d.C * d.A_bar)[..., None]
+    x = x[..., None] * high.to(x.dtype)                                              # (b, h, n, J)
+    y = torch.einsum("bhnj,hni->bhji", split(x, dtype), split(low, dtype, conj=True))
+    return y.flatten(-2)[..., :l]
+
+
+def state_of_input(d: Discrete, u: Tensor) -> Tensor:
+    """The state that u (b, h, l) leaves: sum_k A_bar^{l-1-k} B_bar u_k, (b, h, n) complex."""
+    l = u.shape[-1]
+    low, high = two_digits(d.A_bar, l)
+    T, J = low.shape[-1], high.shape[-1]
+    blocks = nn.functional.pad(u, (J * T - l, 0)).unflatten(-1, (J, T))              # zeros in front add nothing
+    x = torch.einsum("bhji,hni->bhnj", blocks, split(low.flip(-1), u.dtype))         # each block by itself
+    x = torch.complex(*x.chunk(2, dim=-2))
+    return (x * (high.flip(-1) * d.B_bar[..., None]).to(x.dtype)).sum(-1)            # the first has decayed most
+
+
+def fft_conv(u: Tensor, K: Tensor) -> Tensor:
+    """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (b, h, l) with K (h, l).
+
+    The FFT convolves on a circle: zeros up to length 2l - 1 keep the end out of the beginning. Lengths m 2^k are fast.
+    """
+    l = u.shape[-1]
+    size = min(m << ((2 * l - 2) // m).bit_length() for m in (1, 3, 5))
+    return torch.fft.irfft(torch.fft.rfft(u, size) * torch.fft.rfft(K, size), size)[..., :l]
+
+
+# ------------------------------------------------------------------------------------------------ the layer
+
+class S4D(nn.Module):
+    """Diagonal state space layer, (b, h, l) -> (b, h, l): the SSM with D, no activation and no mixing of features.
+
+    d_model, d_state: number of features h; number of states n per feature (even: n/2 complex numbers)
+    measure: initial A: "diag-lin", "diag-inv", "diag-quad", "diag-real" or "diag-legs" (see initial_A)
+    disc: discretization, "zoh" or "bilinear"
+    real_type: -Re A is "exp", "relu" or "softplus" of its parameter, or with "none" the parameter itself: then
+        nothing keeps the system stable but the optimizer's luck
+    train_B: train B too, starting from 1
+    real_random, imag_random: draw the real or the imaginary parts of A at random
+    dt_min, dt_max: the step sizes start log-uniform in between, in the unit of time in which A is written
+    lr: learning rates of dt, A and B for the optimizer, recorded in `ssm_lr` (see learning_rates)
+    Raises ValueError for any other value.
+    """
+
+    def __init__(self, d_model: int, d_state: int = 64, *, measure: str = "diag-lin", disc: str = "zoh",
+                 real_type: str = "exp", train_B: bool = False, real_random: bool = False,
+                 imag_random: bool = False, dt_min: float = 1e-3, dt_max: float = 1e-1, lr=1e-3):
+        super().__init__()
+        check_number("d_model", d_model, int)
+        check_number("d_state", d_state, int, even=True)
+        check_number("dt_min", dt_min)
+        check_number("dt_max", dt_max)
+        require(dt_min <= dt_max, "dt_max", dt_max, f"pass at least dt_min = {dt_min}")
+        require(disc in DISCRETIZATIONS, "disc", disc, f"choose one of {', '.join(DISCRETIZATIONS)}")
+        require(real_type in REAL_TYPES, "real_type", real_type, f"choose one of {', '.join(REAL_TYPES)}")
+        self.d_model, self.d_state, self.disc, self.real_type = h, n, _, _ = d_model, d_state, disc, real_type
+        A = initial_A(measure, h, n, real_random, imag_random).to(torch.get_default_dtype().to_complex())
+        self.log_dt = nn.Parameter(math.log(dt_min) + torch.rand(h) * math.log(dt_max / dt_min))
+        self.log_A_real = nn.Parameter(REAL_TYPES[real_type][1](-A.real))
+        self.A_imag = nn.Parameter(A.imag.clone())
+        self.B = nn.Parameter(torch.tensor([1.0, 0.0]).repeat(h, n // 2, 1)) if train_B else None
+        self.C = nn.Parameter(torch.randn(h, n // 2, 2) * 0.5 ** 0.5)
+        self.D = nn.Parameter(torch.randn(h))
+        self.ssm_lr = learning_rates(self, lr, {"dt": ["log_dt"], "A": ["log_A_real", "A_imag"], "B": ["B"]})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The real dtype of the computation: that of the parameters, float32 at least."""
+        return torch.promote_types(self.D.dtype, torch.float32)
+
+    def _discretize(self, rate: float) -> Discrete:
+        """discretize() in double precision, for the powers of A_bar."""
+        check_number("rate", rate)
+        dt = rate * self.log_dt.double().exp()[:, None]
+        A = torch.complex(-REAL_TYPES[self.real_type][0](self.log_A_real.double()), self.A_imag.double())
+        B = torch.ones_like(A) if self.B is None else torch.view_as_complex(self.B.double())
+        return Discrete(*DISCRETIZATIONS[self.disc](A, B, dt), torch.view_as_complex(self.C.double()))
+
+    def discretize(self, rate: float = 1.0) -> Discrete:
+        """A_bar, B_bar and C of the recurrence (2) at step size rate * dt."""
+        return Discrete(*(matrix.to(self.dtype.to_complex()) for matrix in self._discretize(rate)))
+
+    def kernel(self, l: int, rate: float = 1.0) -> Tensor:
+        """The impulse response K_0 ... K_{l-1} of equation (3), without D: (h, l)."""
+        check_number("l", l, int)
+        return ssm_kernel(self._discretize(rate), l, self.dtype)
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        """x_{-1} = 0, (b, h, n/2) complex."""
+        check_number("batch_size", batch_size, int)
+        shape = batch_size, self.d_model, self.d_state // 2
+        return torch.zeros(shape, dtype=self.dtype.to_complex(), device=self.D.device)
+
+    def check_state(self, state: Tensor, b: int) -> None:
+        """state must be complex (b, h, n/2)."""
+        check_tensor("state", state, (b, self.d_model, self.d_state // 2), "complex")
+
+    def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0,
+             discrete: Optional[Discrete] = None) -> tuple[Tensor, Tensor]:
+        """One step of the recurrence (2): u (b, h), state (b, h, n/2) -> y (b, h) and the next state.
+
+        discrete: what discretize(rate) returned, to reuse it for many steps; rate is then ignored.
+        """
+        check_tensor("u", u, ("b", self.d_model))
+        self.check_state(state, u.shape[0])
+        A_bar, B_bar, C = self.discretize(rate) if discrete is None else discrete
+        x = A_bar * state + B_bar * u[..., None]
+        y = 2 * (C * x).real.sum(-1) + self.D * u
+        return y.to(u.dtype), x.to(A_bar.dtype)
+
+    def forward(self, u: Tensor, state: Optional[Tensor] = None, *, rate: float = 1.0,
+                method: str = "conv") -> tuple[Tensor, Optional[Tensor]]:
+        """A sequence: u (b, h, l), state (b, h, n/2) or None -> y (b, h, l) in the dtype of u, final state or None.
+
+        rate: factor on the step size: 2.0 for a signal sampled half as often as in training
+        method: "conv", in parallel by FFT, or "step", the recurrence: the same numbers up to rounding
+        """
+        check_tensor("u", u, ("b", self.d_model, "l"))
+        require(method in ("conv", "step"), "method", method, "choose conv or step")
+        if state is not None:
+            self.check_state(state, u.shape[0])
+        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):          # 16 bits would not do
+            run = self._conv if method == "conv" else self._steps
+            y, last = run(u.to(self.dtype), state, rate)
+        return y.to(u.dtype), last
+
+    def _steps(self, u: Tensor, state: Optional[Tensor], rate: float) -> tuple[Tensor, Optional[Tensor]]:
+        """The recurrence (2) as it stands."""
+        x = self.initial_state(u.shape[0]) if state is None else state
+        outputs, discrete = [], self.discretize(rate)
+        for u_k in u.unbind(-1):
+            y_k, x = self.step(u_k, x, discrete=discrete)
+            outputs.append(y_k)
+        return torch.stack(outputs, -1), None if state is None else x
+
+    def _conv(self, u: Tensor, state: Optional[Tensor], rate: float) -> tuple[Tensor, Optional[Tensor]]:
+        """The convolution (3). A state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the final state."""
+        d, l = self._discretize(rate), u.shape[-1]
+        K = ssm_kernel(d, l, self.dtype)
+        K = torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], -1)                    # D u: an impulse at k = 0
+        y = fft_conv(u, K.to(u.dtype))
+        if state is None:
+            return y, None
+        state = state.to(self.dtype.to_complex())
+        low, high = two_digits(d.A_bar, l + 1)
+        A_bar_l = low[..., l % low.shape[-1]] * high[..., l // low.shape[-1]]
+        last = A_bar_l.to(state.dtype) * state + state_of_input(d, u)
+        return y + output_of_state(d, state, l, self.dtype), last
+
+
+# ------------------------------------------------------------------------------------------------ demo
+
+def demo(path: Optional[str] = None) -> None:
+    """Print how the modes agree and how long they take; draw the figure if a path is given."""
+    torch.manual_seed(0)
+    l, layer = 1024, S4D(3, 64)
+    layer.log_dt.data = torch.tensor([1e-3, 1e-2, 1e-1]).log()
+    t = torch.arange(l) / l
+    u = (torch.sin(2 * math.pi * torch.tensor([[2.0], [3.0], [5.0]]) * t) + (t > 0.5))[None]   # (1, 3, l)
+
+    def chunks():
+        y, state = [], layer.initial_state(1)
+        for piece in u.split([100, 1, 411, 512], -1):
+            y_piece, state = layer(piece, state)
+            y.append(y_piece)
+        return torch.cat(y, -1)
+
+    runs = {"convolution": lambda: layer(u)[0],
+            "step by step": lambda: layer(u, method="step")[0],
+            "four chunks, state forwarded": chunks,
+            "every second sample, rate 2": lambda: layer(u[..., 1::2], rate=2.0)[0],
+            "every second sample, rate 1 (wrong)": lambda: layer(u[..., 1::2])[0]}
+    y = {}
+    print(f"{f'S4D, h=3, n=64, l={l}':<36}{'difference':>12}{'time / ms':>12}")
+    with torch.no_grad():
+        for name, run in runs.items():
+            run()                                                                    # warm up
+            start = time.perf_counter()
+            y[name] = run()
+            duration = 1e3 * (time.perf_counter() - start)
+            whole = y["convolution"][..., 1::2] if "second" in name else y["convolution"]
+            print(f"{name:<36}{(y[name] - whole).abs().max() / whole.abs().max():12.1e}{duration:12.1f}")
+        if path is not None:
+            plot(path, layer.discretize().A_bar, layer.kernel(l), layer.log_dt.exp(), u, y)
+
+
+def plot(path: str, A_bar: Tensor, K: Tensor, dt: Tensor, u: Tensor, y: dict) -> None:
+    """Eigenvalues, kernels, one output in every mode, and the change of rate."""
+    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    disk, kernels, modes, rates = figure.subplots(2, 2).flat
+    disk.add_patch(plt.Circle((0, 0), 1, fill=False, color="0.7"))
+    for i in range(3):
+        disk.plot(A_bar[i].real, A_bar[i].imag, "o", ms=4, label=f"dt = {dt[i]:.3f}")
+        kernels.plot(K[i] / K[i].abs().max(), lw=1, label=f"dt = {dt[i]:.3f}")
+    disk.set(title="Eigenvalues A_bar in the unit disk", xlabel="real part", ylabel="imaginary part", aspect="equal")
+    kernels.set(title="Kernels, each scaled to 1", xlabel="step k", ylabel="K_k / max |K|")
+    modes.plot(u[0, 1], color="0.7", label="input u")
+    for (name, line), style in zip(list(y.items())[:3], ("-", "--", ":")):
+        modes.plot(line[0, 1], style, lw=3, label=name)
+    modes.set(title="One output, three ways to compute it (dt = 0.010)", xlabel="step k", ylabel="u, y")
+    rates.plot(y["convolution"][0, 1], lw=3, label="all samples, rate 1")
+    for (name, line), style in zip(list(y.items())[3:], ("--", ":")):
+        rates.plot(range(1, u.shape[-1], 2), line[0, 1], style, lw=2, label=name)
+    rates.set(title="Half the sampling frequency, no retraining", xlabel="step k", ylabel="y")
+    for axes in (disk, kernels, modes, rates):
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    print("wrote", path)
+
+
+if __name__ == "__main__":
+    demo(*sys.argv[1:2])
