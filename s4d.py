@@ -1,6 +1,7 @@
 """S4D, the diagonal state space layer: S4 with everything removed that can be removed.
 
-    Gu, Gupta, Goel, Re: On the Parameterization and Initialization of Diagonal State Space Models, arXiv 2206.11893
+    Gu, Gupta, Goel, Re: On the Parameterization and Initialization of Diagonal State Space Models (2022),
+    arXiv 2206.11893
 
 `python s4d.py` checks all modes against each other, `python s4d.py figures/s4d.png` draws the figure.
 
@@ -19,24 +20,24 @@ and unrolled, y is a convolution of u with a kernel K, plus D u:
 Training uses (3), in parallel over the whole sequence by FFT; generation uses (2), one step at a time.
 
 What came before. S4 keeps A = diagonal minus low rank, to start from the HiPPO matrix, and pays with a Cauchy
-kernel and the Woodbury identity. S4D drops the low-rank part: A is n numbers, (3) is a product with a Vandermonde
-matrix, and with the right initial eigenvalues it works almost as well.
+kernel and the Woodbury identity. S4D drops the low-rank part: A is n numbers, (3) is a product with a
+Vandermonde matrix, and with the right initial eigenvalues it works almost as well.
 
-Why complex numbers, and why 2 Re? A real matrix has complex eigenvalues, decaying oscillations, in conjugate pairs.
+Why complex, and why 2 Re? A real matrix has complex eigenvalues, decaying oscillations, in conjugate pairs.
 The second of a pair adds the conjugate of what the first adds. So n/2 are stored, and y = 2 Re(C x).
 
 Why zero-order hold? If u is constant between samples it solves (1) exactly, and for a diagonal A it costs one
 exponential. The bilinear transform belongs to a dense A, whose exponential is expensive (lssl.py, s4.py).
 
-The fast kernel. Write time with two digits, k = jT + i, T about sqrt(l). Then A_bar^k = A_bar^{jT} A_bar^i and
+The fast kernel. Write time with two digits, k = jT + i, T about sqrt(l). Then A_bar^k = A_bar^{jT} A_bar^i:
 
     K_{jT+i} = 2 Re sum_n (C_n B_bar_n A_bar_n^{jT}) (A_bar_n^i)                                      (4)
 
-is one product of two small matrices, from n (T + l/T) powers instead of n l. They are computed in double precision,
-because A_bar^k multiplies the rounding of A_bar by k. The same two digits turn a state into its future outputs and
-an input into the state that it leaves. So a sequence longer than memory is a loop over chunks.
+is one product of two small matrices, from n (T + l/T) powers instead of n l. They are computed in double
+precision, because A_bar^k multiplies the rounding of A_bar by k. The same two digits turn a state into its
+future outputs, and an input into the state that it leaves: a sequence of any length is a loop over chunks.
 
-What is trained: log_dt (one step size per feature), A, C and D. B stays 1: only the product of C and B matters.
+What is trained: log_dt (one step size per feature), A, C and D. B stays 1: only the product C B matters.
 
 Symbols: b batch, h features (d_model), n states (d_state; n/2 are stored), l length; u, y (b, h, l);
 x (b, h, n/2) complex; A, B, A_bar, B_bar, C (h, n/2) complex; dt, D (h); K (h, l).
@@ -51,7 +52,7 @@ import torch
 from torch import Tensor, nn
 
 
-# ------------------------------------------------------------------------------------------------ arguments
+# ---- arguments ----
 
 def require(ok: bool, name: str, value, remedy: str) -> None:
     """Raise a ValueError that names the argument, the value received and the remedy."""
@@ -68,30 +69,28 @@ def check_number(name: str, value, kind: type = float, even: bool = False) -> No
 def check_tensor(name: str, x, shape: tuple, kind: str = "floating_point") -> None:
     """x must be a tensor of this kind and shape, in which a letter stands for any size from 1 up."""
     ok = isinstance(x, Tensor) and getattr(x, f"is_{kind}")() and x.ndim == len(shape)
-    ok = ok and all(size > 0 if isinstance(want, str) else size == want for size, want in zip(x.shape, shape))
+    ok = ok and all(got > 0 if isinstance(want, str) else got == want for got, want in zip(x.shape, shape))
     got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else x
-    require(ok, name, got, f"pass a {kind.replace('_', ' ')} tensor of shape ({', '.join(map(str, shape))})")
+    require(ok, name, got, f"pass a {kind.replace('_', ' ')} tensor ({', '.join(map(str, shape))})")
 
 
 def learning_rates(layer: nn.Module, lr, names: dict) -> dict:
-    """{parameter: learning rate} from one rate, a dict by short name (1e-3 where left out), or None: no own rates.
+    """{parameter: learning rate} for lr = one rate, a dict by short name (1e-3 if left out) or None (empty).
 
-    names: {short name: its parameters}. A rate of 0.0 freezes them.
+    names: {short name: its parameters}. The rate 0.0 freezes a parameter.
     """
-    if lr is None:
-        return {}
-    rates = dict.fromkeys(names, 1e-3) | (lr if isinstance(lr, dict) else dict.fromkeys(names, lr))
+    rates = {} if lr is None else dict.fromkeys(names, 1e-3 if isinstance(lr, dict) else lr)
+    rates |= lr if isinstance(lr, dict) else {}
     for short, rate in rates.items():
         ok = short in names and isinstance(rate, (int, float)) and 0 <= rate < math.inf
-        require(ok, "lr", lr, f"pass one rate >= 0, a dict of rates for {', '.join(names)}, or None")
-    parameters = dict(layer.named_parameters())
-    rates = {name: float(rates[short]) for short in names for name in names[short] if name in parameters}
-    for name, rate in rates.items():
-        parameters[name].requires_grad_(rate > 0)
-    return rates
+        require(ok, "lr", lr, f"pass None, a rate >= 0, or a dict of such rates for {', '.join(names)}")
+    found = {name: rate for short, rate in rates.items() for name in names[short]}
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(found.get(name, 1.0) > 0)
+    return {name: float(found[name]) for name, _ in layer.named_parameters() if name in found}
 
 
-# ------------------------------------------------------------------------------------------------ the matrix A
+# ---- the matrix A ----
 
 MEASURES = ("diag-lin", "diag-inv", "diag-quad", "diag-real", "diag-legs")
 
@@ -104,7 +103,7 @@ REAL_TYPES = {   # -Re A as a function of the parameter, and the inverse; "none"
 
 
 def legs_eigenvalues(n: int) -> Tensor:
-    """Positive imaginary parts of the eigenvalues of -1/2 + S, the normal part of HiPPO-LegS, descending: (n/2).
+    """Imaginary parts > 0 of the eigenvalues of -1/2 + S, the normal part of HiPPO-LegS, descending: (n/2).
 
     S is skew-symmetric with S_ij = sqrt((2i+1)(2j+1)) / 2 above the diagonal (arXiv 2206.11893, section 4.1),
     so i S is Hermitian and its eigenvalues are real and sorted.
@@ -115,13 +114,14 @@ def legs_eigenvalues(n: int) -> Tensor:
 
 
 def initial_A(measure: str, h: int, n: int, real_random: bool = False, imag_random: bool = False) -> Tensor:
-    """The eigenvalues, with Im A >= 0, that training starts from (arXiv 2206.11893, section 4): (h, n/2) complex128.
+    """The initial eigenvalues, Im A >= 0, of arXiv 2206.11893, section 4: (h, n/2) complex128.
 
-    -Re A is 1/2, or uniform in (0, 1) with real_random; for diag-real, A = -(1 + i). The index i = 0 ... n/2 - 1
-    is uniform in (0, n/2) with imag_random, and for diag-real with real_random.
+    -Re A is 1/2, or uniform in (0, 1) with real_random; for diag-real, A = -(1 + i). The index i counts from
+    0 to n/2 - 1; with imag_random, and for diag-real with real_random, it is uniform in (0, n/2).
     """
     require(measure in MEASURES, "measure", measure, f"choose one of {', '.join(MEASURES)}")
-    require(not (imag_random and measure in MEASURES[3:]), "imag_random", True, f"{measure} fixes Im A, pass False")
+    ok = not (imag_random and measure in ("diag-real", "diag-legs"))
+    require(ok, "imag_random", imag_random, f"{measure} prescribes Im A, pass False")
     half = torch.full((h, n // 2), 0.5, dtype=torch.float64)
     real = torch.rand_like(half).clamp(min=1e-3) if real_random else half
     i = torch.arange(n // 2, dtype=torch.float64).expand(h, -1)
@@ -136,10 +136,10 @@ def initial_A(measure: str, h: int, n: int, real_random: bool = False, imag_rand
     return torch.complex(-real, imag)
 
 
-# ------------------------------------------------------------------------------------------------ from (1) to (2)
+# ---- from (1) to (2) ----
 
 def phi(z: Tensor) -> Tensor:
-    """(exp(z) - 1) / z, which is 1 at z = 0; near 0 by the Taylor series, since the difference would cancel."""
+    """(exp(z) - 1) / z, which is 1 at z = 0. Near 0 the difference would cancel: there its Taylor series."""
     small = z.abs() < 1e-3
     series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5)))
     z = torch.where(small, 1, z)             # keeps the gradient of the branch that is not taken finite
@@ -166,75 +166,71 @@ class Discrete(NamedTuple):
     C: Tensor
 
 
-# ------------------------------------------------------------------------------------------------ time in two digits
+# ---- time in two digits ----
 
 def powers(a: Tensor, count: int) -> Tensor:
-    """a^0, a^1, ..., a^(count - 1) on a new last axis, by doubling: (h, n) -> (h, n, count)."""
-    p = torch.ones_like(a)[..., None]
-    while p.shape[-1] < count:
-        p = torch.cat([p, p * (p[..., -1:] * a[..., None])], -1)
-    return p[..., :count]
+    """a^0, a^1, ..., a^(count - 1) on a new axis before the last, by doubling: (h, n) -> (h, count, n)."""
+    p = torch.ones_like(a)[:, None]
+    while p.shape[1] < count:
+        p = torch.cat([p, p * (p[:, -1:] * a[:, None])], 1)
+    return p[:, :count]
 
 
 def two_digits(a: Tensor, l: int) -> tuple[Tensor, Tensor]:
-    """low = a^i (h, n, T) and high = a^{jT} (h, n, J) with T = ceil(sqrt(l)), J = ceil(l / T), so that JT >= l."""
-    T = math.isqrt(l - 1) + 1
+    """low = a^i (h, T, n), high = a^{jT} (h, J, n), with T = 2 ceil(sqrt(l)) and J = ceil(l / T): JT >= l."""
+    T = 2 * (math.isqrt(l - 1) + 1)
     low = powers(a, T)
-    return low, powers(low[..., -1] * a, -(-l // T))
+    return low, powers(low[:, -1] * a, -(-l // T))
 
 
-def split(z: Tensor, dtype: torch.dtype, conj: bool = False) -> Tensor:
-    """[Re z; Im z], or [Re z; -Im z], (.., n, k) -> (.., 2n, k): turns Re sum_n v_n w_n into a real product."""
-    return torch.cat([z.real, -z.imag if conj else z.imag], -2).to(dtype)
+def as_real(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """Re z_1, Im z_1, Re z_2, ..., (.., n) -> (.., 2n): Re sum_n v_n w_n = as_real(v) . as_real(conj w)."""
+    return torch.view_as_real(z.to(dtype.to_complex())).flatten(-2)
 
 
-def ssm_kernel(d: Discrete, l: int, dtype: torch.dtype) -> Tensor:
-    """The kernel (3) by equation (4): (h, l)."""
-    low, high = two_digits(d.A_bar, l)
-    high = high * (2 * d.C * d.B_bar)[..., None]
-    return (split(high, dtype).mT @ split(low, dtype, conj=True)).flatten(-2)[..., :l]
+def ssm_kernel(d: Discrete, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
+    """Equation (4): the kernel (3), (h, JT)."""
+    high = high * (2 * d.C * d.B_bar)[:, None]
+    return (as_real(high, dtype) @ as_real(low.conj_physical(), dtype).mT).flatten(1)
 
 
-def output_of_state(d: Discrete, x: Tensor, l: int, dtype: torch.dtype) -> Tensor:
-    """What the state x (b, h, n) adds to the next l outputs: 2 Re sum_n C_n A_bar_n^{k+1} x_n, (b, h, l)."""
-    low, high = two_digits(d.A_bar, l)
-    low = low * (2 * d.C * d.A_bar)[..., None]
-    x = x[..., None] * high.to(x.dtype)                                              # (b, h, n, J)
-    y = torch.einsum("bhnj,hni->bhji", split(x, dtype), split(low, dtype, conj=True))
-    return y.flatten(-2)[..., :l]
+def output_of_state(d: Discrete, low: Tensor, high: Tensor, x: Tensor) -> Tensor:
+    """What the state x (b, h, n) adds to the next outputs: 2 Re sum_n C_n A_bar_n^{k+1} x_n, (b, h, JT)."""
+    x = x[:, :, None] * (high * (2 * d.C * d.A_bar)[:, None]).to(x.dtype)    # (b, h, J, n)
+    x, low = as_real(x, x.real.dtype), as_real(low.conj_physical(), x.real.dtype)
+    return torch.einsum("bhjn,hin->bhji", x, low).flatten(-2)
 
 
-def state_of_input(d: Discrete, u: Tensor) -> Tensor:
+def state_of_input(d: Discrete, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
     """The state that u (b, h, l) leaves: sum_k A_bar^{l-1-k} B_bar u_k, (b, h, n) complex."""
-    l = u.shape[-1]
-    low, high = two_digits(d.A_bar, l)
-    T, J = low.shape[-1], high.shape[-1]
-    blocks = nn.functional.pad(u, (J * T - l, 0)).unflatten(-1, (J, T))              # zeros in front add nothing
-    x = torch.einsum("bhji,hni->bhnj", blocks, split(low.flip(-1), u.dtype))         # each block by itself
-    x = torch.complex(*x.chunk(2, dim=-2))
-    return (x * (high.flip(-1) * d.B_bar[..., None]).to(x.dtype)).sum(-1)            # the first has decayed most
+    T, J = low.shape[1], high.shape[1]
+    u = nn.functional.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))     # zeros in front add nothing
+    x = torch.einsum("bhji,hin->bhjn", u, as_real(low.flip(1), u.dtype))     # each block of T by itself, ...
+    x = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    x = x * (high.flip(1) * d.B_bar[:, None]).to(x.dtype)                    # ... decayed until the end, ...
+    return torch.view_as_complex(torch.view_as_real(x).sum(2))               # ... and summed
 
 
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
     """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (b, h, l) with K (h, l).
 
-    The FFT convolves on a circle: zeros up to length 2l - 1 keep the end out of the beginning. Lengths m 2^k are fast.
+    The FFT convolves on a circle: zeros up to length 2l - 1 keep the end out of the beginning; m 2^k is fast.
     """
     l = u.shape[-1]
     size = min(m << ((2 * l - 2) // m).bit_length() for m in (1, 3, 5))
     return torch.fft.irfft(torch.fft.rfft(u, size) * torch.fft.rfft(K, size), size)[..., :l]
 
 
-# ------------------------------------------------------------------------------------------------ the layer
+# ---- the layer ----
 
 class S4D(nn.Module):
-    """Diagonal state space layer, (b, h, l) -> (b, h, l): the SSM with D, no activation and no mixing of features.
+    """Diagonal state space layer (b, h, l) -> (b, h, l): the SSM with D, no activation, no feature mixing.
 
     d_model, d_state: number of features h; number of states n per feature (even: n/2 complex numbers)
     measure: initial A: "diag-lin", "diag-inv", "diag-quad", "diag-real" or "diag-legs" (see initial_A)
     disc: discretization, "zoh" or "bilinear"
-    real_type: -Re A is "exp", "relu" or "softplus" of its parameter, or with "none" the parameter itself: then
-        nothing keeps the system stable but the optimizer's luck
+    real_type: -Re A is "exp", "relu" or "softplus" of its parameter, or with "none" the parameter itself, and
+        then nothing but the optimizer's luck keeps the system stable
     train_B: train B too, starting from 1
     real_random, imag_random: draw the real or the imaginary parts of A at random
     dt_min, dt_max: the step sizes start log-uniform in between, in the unit of time in which A is written
@@ -253,7 +249,8 @@ class S4D(nn.Module):
         require(dt_min <= dt_max, "dt_max", dt_max, f"pass at least dt_min = {dt_min}")
         require(disc in DISCRETIZATIONS, "disc", disc, f"choose one of {', '.join(DISCRETIZATIONS)}")
         require(real_type in REAL_TYPES, "real_type", real_type, f"choose one of {', '.join(REAL_TYPES)}")
-        self.d_model, self.d_state, self.disc, self.real_type = h, n, _, _ = d_model, d_state, disc, real_type
+        self.d_model, self.d_state, self.disc, self.real_type = d_model, d_state, disc, real_type
+        h, n = d_model, d_state
         A = initial_A(measure, h, n, real_random, imag_random).to(torch.get_default_dtype().to_complex())
         self.log_dt = nn.Parameter(math.log(dt_min) + torch.rand(h) * math.log(dt_max / dt_min))
         self.log_A_real = nn.Parameter(REAL_TYPES[real_type][1](-A.real))
@@ -283,7 +280,8 @@ class S4D(nn.Module):
     def kernel(self, l: int, rate: float = 1.0) -> Tensor:
         """The impulse response K_0 ... K_{l-1} of equation (3), without D: (h, l)."""
         check_number("l", l, int)
-        return ssm_kernel(self._discretize(rate), l, self.dtype)
+        d = self._discretize(rate)
+        return ssm_kernel(d, *two_digits(d.A_bar, l), self.dtype)[:, :l]
 
     def initial_state(self, batch_size: int) -> Tensor:
         """x_{-1} = 0, (b, h, n/2) complex."""
@@ -310,7 +308,7 @@ class S4D(nn.Module):
 
     def forward(self, u: Tensor, state: Optional[Tensor] = None, *, rate: float = 1.0,
                 method: str = "conv") -> tuple[Tensor, Optional[Tensor]]:
-        """A sequence: u (b, h, l), state (b, h, n/2) or None -> y (b, h, l) in the dtype of u, final state or None.
+        """A sequence: u (b, h, l), state (b, h, n/2) or None -> y (b, h, l) as u, final state or None.
 
         rate: factor on the step size: 2.0 for a signal sampled half as often as in training
         method: "conv", in parallel by FFT, or "step", the recurrence: the same numbers up to rounding
@@ -319,7 +317,7 @@ class S4D(nn.Module):
         require(method in ("conv", "step"), "method", method, "choose conv or step")
         if state is not None:
             self.check_state(state, u.shape[0])
-        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):          # 16 bits would not do
+        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # 16 bits would not do
             run = self._conv if method == "conv" else self._steps
             y, last = run(u.to(self.dtype), state, rate)
         return y.to(u.dtype), last
@@ -336,27 +334,26 @@ class S4D(nn.Module):
     def _conv(self, u: Tensor, state: Optional[Tensor], rate: float) -> tuple[Tensor, Optional[Tensor]]:
         """The convolution (3). A state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the final state."""
         d, l = self._discretize(rate), u.shape[-1]
-        K = ssm_kernel(d, l, self.dtype)
-        K = torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], -1)                    # D u: an impulse at k = 0
-        y = fft_conv(u, K.to(u.dtype))
+        low, high = two_digits(d.A_bar, l)
+        K = ssm_kernel(d, low, high, self.dtype)[:, :l]
+        y = fft_conv(u, torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], -1))   # D u: an impulse at k = 0
         if state is None:
             return y, None
         state = state.to(self.dtype.to_complex())
-        low, high = two_digits(d.A_bar, l + 1)
-        A_bar_l = low[..., l % low.shape[-1]] * high[..., l // low.shape[-1]]
-        last = A_bar_l.to(state.dtype) * state + state_of_input(d, u)
-        return y + output_of_state(d, state, l, self.dtype), last
+        A_bar_l = d.A_bar * high[:, -1] * low[:, (l - 1) % low.shape[1]]
+        last = A_bar_l.to(state.dtype) * state + state_of_input(d, low, high, u)
+        return y + output_of_state(d, low, high, state)[..., :l], last
 
 
-# ------------------------------------------------------------------------------------------------ demo
+# ---- demo ----
 
 def demo(path: Optional[str] = None) -> None:
     """Print how the modes agree and how long they take; draw the figure if a path is given."""
     torch.manual_seed(0)
-    l, layer = 1024, S4D(3, 64)
-    layer.log_dt.data = torch.tensor([1e-3, 1e-2, 1e-1]).log()
+    l, layer = 1024, S4D(3, 64).requires_grad_(False)
+    layer.log_dt.copy_(torch.tensor([1e-3, 1e-2, 1e-1]).log())
     t = torch.arange(l) / l
-    u = (torch.sin(2 * math.pi * torch.tensor([[2.0], [3.0], [5.0]]) * t) + (t > 0.5))[None]   # (1, 3, l)
+    u = torch.sin(2 * math.pi * torch.tensor([[2.0], [3.0], [5.0]]) * (t + t ** 2))[None]       # (1, 3, l)
 
     def chunks():
         y, state = [], layer.initial_state(1)
@@ -370,42 +367,34 @@ def demo(path: Optional[str] = None) -> None:
             "four chunks, state forwarded": chunks,
             "every second sample, rate 2": lambda: layer(u[..., 1::2], rate=2.0)[0],
             "every second sample, rate 1 (wrong)": lambda: layer(u[..., 1::2])[0]}
-    y = {}
+    y, whole = {}, layer(u)[0]
     print(f"{f'S4D, h=3, n=64, l={l}':<36}{'difference':>12}{'time / ms':>12}")
-    with torch.no_grad():
-        for name, run in runs.items():
-            run()                                                                    # warm up
-            start = time.perf_counter()
-            y[name] = run()
-            duration = 1e3 * (time.perf_counter() - start)
-            whole = y["convolution"][..., 1::2] if "second" in name else y["convolution"]
-            print(f"{name:<36}{(y[name] - whole).abs().max() / whole.abs().max():12.1e}{duration:12.1f}")
-        if path is not None:
-            plot(path, layer.discretize().A_bar, layer.kernel(l), layer.log_dt.exp(), u, y)
-
-
-def plot(path: str, A_bar: Tensor, K: Tensor, dt: Tensor, u: Tensor, y: dict) -> None:
-    """Eigenvalues, kernels, one output in every mode, and the change of rate."""
-    import matplotlib.pyplot as plt
+    for name, run in runs.items():
+        start = time.perf_counter()
+        y[name] = run()
+        duration = 1e3 * (time.perf_counter() - start)
+        error = (y[name] - (whole[..., 1::2] if "second" in name else whole)).abs().max() / whole.abs().max()
+        print(f"{name:<36}{error:12.1e}{duration:12.1f}")
+    if path is None:
+        return
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 8), layout="constrained")
-    disk, kernels, modes, rates = figure.subplots(2, 2).flat
-    disk.add_patch(plt.Circle((0, 0), 1, fill=False, color="0.7"))
-    for i in range(3):
-        disk.plot(A_bar[i].real, A_bar[i].imag, "o", ms=4, label=f"dt = {dt[i]:.3f}")
-        kernels.plot(K[i] / K[i].abs().max(), lw=1, label=f"dt = {dt[i]:.3f}")
-    disk.set(title="Eigenvalues A_bar in the unit disk", xlabel="real part", ylabel="imaginary part", aspect="equal")
+    disk, kernels, modes, rates = axes = list(figure.subplots(2, 2).flat)
+    disk.plot(torch.cos(2 * math.pi * t), torch.sin(2 * math.pi * t), color="0.7")
+    for dt, A_bar, K in zip(layer.log_dt.exp(), layer.discretize().A_bar, layer.kernel(l)):
+        disk.plot(A_bar.real, A_bar.imag, "o", ms=4, label=f"dt = {dt:.3f}")
+        kernels.plot(K / K.abs().max(), lw=1, label=f"dt = {dt:.3f}")
+    disk.set(title="Eigenvalues of A_bar in the unit disk", xlabel="Re A_bar", ylabel="Im A_bar", aspect=1)
     kernels.set(title="Kernels, each scaled to 1", xlabel="step k", ylabel="K_k / max |K|")
     modes.plot(u[0, 1], color="0.7", label="input u")
-    for (name, line), style in zip(list(y.items())[:3], ("-", "--", ":")):
-        modes.plot(line[0, 1], style, lw=3, label=name)
+    for (name, line), style in zip(y.items(), ("-", "--", ":", "--", ":")):
+        plot, step = (rates, 2) if "second" in name else (modes, 1)
+        plot.plot(range(step - 1, l, step), line[0, 1], style, lw=3, label=name)
+    rates.plot(whole[0, 1], color="0.7", label="all samples, rate 1")
     modes.set(title="One output, three ways to compute it (dt = 0.010)", xlabel="step k", ylabel="u, y")
-    rates.plot(y["convolution"][0, 1], lw=3, label="all samples, rate 1")
-    for (name, line), style in zip(list(y.items())[3:], ("--", ":")):
-        rates.plot(range(1, u.shape[-1], 2), line[0, 1], style, lw=2, label=name)
     rates.set(title="Half the sampling frequency, no retraining", xlabel="step k", ylabel="y")
-    for axes in (disk, kernels, modes, rates):
-        axes.legend(fontsize=8)
+    for ax in axes:
+        ax.legend(fontsize=8)
     figure.savefig(path, dpi=100)
     print("wrote", path)
 

@@ -1,0 +1,71 @@
+"""The files as files: bad constructor arguments, a model file alone in an empty directory, silence on import, README."""
+
+import importlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from layers import ROOT
+
+NAN, INF = float("nan"), float("inf")
+SIZES = {"d_model": [0, -1, 1.5, "4", None, True], "d_state": [0, -2, 3, 4.0, None]}
+DT = {"dt_min": [0.0, -1e-3, NAN, INF, "a", None], "dt_max": [0.0, 1e-9, NAN, INF, None]}
+LR = {"lr": [-1.0, NAN, "a", {"C": 0.1}, {"dt": -1.0}, {"dt": None}]}
+FLOAT_LR = {"lr": [-1.0, NAN, "a", {"C": 0.1}]}
+BAD = {   # class: {argument: wrong values}
+    ("s4d", "S4D"): SIZES | DT | LR | {"measure": ["lin", "legs", None, 0], "disc": ["ZOH", "dss", None],
+                                       "real_type": ["Exp", None]},
+}
+
+
+@pytest.mark.parametrize("module, cls", BAD, ids=lambda x: x)
+def test_bad_constructor_arguments(module, cls):
+    constructor = getattr(importlib.import_module(module), cls)
+    for argument, values in BAD[module, cls].items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{argument} = ") as caught:
+                constructor(**({"d_model": 4, "d_state": 8} | {argument: value}))
+            assert ":" in str(caught.value), "the message names no remedy"
+    with pytest.raises(TypeError):
+        constructor(4, 8, unknown=1)
+
+
+MODELS = sorted({module for module, _ in BAD})
+
+
+@pytest.mark.parametrize("module", MODELS)
+def test_model_file_alone(module, tmp_path):
+    (tmp_path / f"{module}.py").write_bytes((ROOT / f"{module}.py").read_bytes())
+    silent = subprocess.run([sys.executable, "-W", "error", "-c", f"import {module}"], cwd=tmp_path,
+                            capture_output=True, text=True)
+    assert (silent.returncode, silent.stdout, silent.stderr) == (0, "", "")
+    run = subprocess.run([sys.executable, f"{module}.py", "figure.png"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "figure.png").stat().st_size > 20_000
+    rows = re.findall(r"^(\S.*?) {2,}(\d\.\de[+-]\d\d) +[\d.]+$", run.stdout, re.M)
+    exact = {name: float(error) for name, error in rows if "second" not in name}
+    assert len(exact) >= 3 and max(exact.values()) <= 1e-5, run.stdout
+
+
+@pytest.mark.parametrize("module", MODELS)
+def test_how_a_file_reads(module):
+    text = (ROOT / f"{module}.py").read_text()
+    assert max(map(len, text.splitlines())) <= 110
+    assert not re.search(r"\b(assert|TODO|FIXME)\b|\*\*kwargs", text)
+    assert not [m for m in re.findall(r"^\s*(?:from|import) (\w+)", text, re.M)
+                if m not in ("torch", "numpy", "matplotlib") and m not in sys.stdlib_module_names]
+
+
+def test_shared_code_is_the_same_to_the_letter():
+    """A function of one name has one text in all model files, so that a reader recognises it."""
+    found = {}
+    for module in MODELS:
+        text = (ROOT / f"{module}.py").read_text()
+        for name, body in re.findall(r"^(?:def|class) (\w+)(.*?)(?=^\S)", text, re.M | re.S):
+            found.setdefault(name, {}).setdefault(body.rstrip(), []).append(module)
+    different = {name: list(texts.values()) for name, texts in found.items() if len(texts) > 1}
+    assert not different
