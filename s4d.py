@@ -323,13 +323,13 @@ class S4D(nn.Module):
         return y.to(u.dtype), last
 
     def _steps(self, u: Tensor, state: Optional[Tensor], rate: float) -> tuple[Tensor, Optional[Tensor]]:
-        """The recurrence (2) as it stands."""
+        """The recurrence (2) as it stands, in double precision: rounding adds up over the steps."""
         x = self.initial_state(u.shape[0]) if state is None else state
-        outputs, discrete = [], self.discretize(rate)
-        for u_k in u.unbind(-1):
+        outputs, discrete = [], self._discretize(rate)
+        for u_k in u.double().unbind(-1):
             y_k, x = self.step(u_k, x, discrete=discrete)
             outputs.append(y_k)
-        return torch.stack(outputs, -1), None if state is None else x
+        return torch.stack(outputs, -1), None if state is None else x.to(self.dtype.to_complex())
 
     def _conv(self, u: Tensor, state: Optional[Tensor], rate: float) -> tuple[Tensor, Optional[Tensor]]:
         """The convolution (3). A state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the final state."""

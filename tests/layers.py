@@ -24,6 +24,7 @@ class Case:
     cls: str
     options: dict
     simulate: Callable
+    h: int = 3
     d_state: int = 8
     methods: tuple = ("conv", "step")
     has_kernel: bool = True
@@ -31,9 +32,9 @@ class Case:
     l_max: int = 1000           # longest sequence that the layer accepts
     prepare: Callable = field(default=lambda layer: None)    # moves the parameters somewhere interesting
 
-    def build(self, h=3, seed=0):
+    def build(self, seed=0):
         torch.manual_seed(seed)
-        layer = getattr(importlib.import_module(self.module), self.cls)(h, self.d_state, **self.options)
+        layer = getattr(importlib.import_module(self.module), self.cls)(self.h, self.d_state, **self.options)
         with torch.no_grad():
             self.prepare(layer)
         return layer
@@ -44,12 +45,47 @@ def s4d_case(name, **options):
     return Case(name, "s4d", "S4D", options, lambda p, u, x, rate: oracle.s4d(p, u, x, rate, **oracle_options))
 
 
+def s4_case(name, **options):
+    if options.get("mode") == "diag":
+        arguments = {"disc": options.get("disc", "zoh"), "l_max": options.get("l_max"),
+                     "real_type": options.get("real_type", "exp")}
+        simulate = oracle.s4_diag
+    else:
+        arguments = {"real_type": options.get("real_type", "exp")}
+        simulate = oracle.s4_nplr
+
+    def ssm(p, u, x, rate):
+        return simulate(p, u, x, rate, **arguments)
+
+    def gated(p, u, x, rate):
+        return oracle.gss(u, lambda v: ssm(p, v, x, rate), *(
+            (p[f"{name}.weight"], p[f"{name}.bias"]) if f"{name}.weight" in p else None
+            for name in ("input_gate", "input_linear", "output_gate", "output_linear")))
+
+    h = options.pop("h", 3)
+    return Case(name, "s4", "S4", options, gated if {"gate", "bottleneck"} & set(options) else ssm, h=h)
+
+
+def lssl_case(name, **options):
+    return Case(name, "lssl", "LSSL", options, lambda p, u, x, rate: oracle.lssl(p, u, x, rate, options.get("alpha", 0.5)))
+
+
 CASES = [
     s4d_case("s4d"),
     s4d_case("s4d-bilinear", disc="bilinear", measure="diag-inv"),
     s4d_case("s4d-legs-B", measure="diag-legs", train_B=True, real_type="softplus"),
     s4d_case("s4d-real-relu", measure="diag-real", real_type="relu", real_random=True),
     s4d_case("s4d-quad-none", measure="diag-quad", real_type="none", imag_random=True),
+    lssl_case("lssl"),
+    lssl_case("lssl-legt-euler", measure="legt", alpha=1.0, channels=2, train_A="shared", train_dt=True),
+    lssl_case("lssl-each", alpha=0.7, train_A="each", train_dt=True),
+    s4_case("s4"),
+    s4_case("s4-legt-channels", measure="legt", channels=2),
+    s4_case("s4-fout-softplus", measure="fout", real_type="softplus"),
+    s4_case("s4-hippo-shared", measure="hippo", n_ssm=2, rank=2, h=4),
+    s4_case("s4-diag-inv", mode="diag", measure="diag-inv", channels=2, n_ssm=1),
+    s4_case("s4-diag-bilinear", mode="diag", measure="diag", disc="bilinear", h=4),
+    s4_case("s4-diag-dss", mode="diag", disc="dss", measure="diag-legs", l_max=1000),
 ]
 
 
@@ -89,7 +125,7 @@ def signal(b, h, l, seed=2, dtype=torch.float32):
 
 def error(got, expected):
     """Largest difference relative to the largest expected value; inf where got is not finite or misshapen."""
-    got, expected = (x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+    got, expected = (x.detach().cpu().resolve_conj().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
                      for x in (got, expected))
     if got.shape != expected.shape or not np.isfinite(got).all():
         return np.inf

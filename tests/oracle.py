@@ -251,8 +251,7 @@ def s4_diag(p, u, state=None, rate=1.0, disc="zoh", real_type="exp", l_max=None,
         return simulate_pairs(paired_systems(A, B, C, D, rate * np.exp(p["log_dt"]), disc), u, state)
     systems = []
     for i, dt in enumerate(np.exp(p["log_dt"])):
-        weight = softmax_weight(A[i], dt * A[i], B[i] * C[:, i], rate, l_max, eps)
-        systems.append((np.diag(np.exp(rate * dt * A[i])), np.ones(len(A[i])), weight, D[:, i]))
+        systems.append((*softmax_system(A[i], dt * A[i], B[i] * C[:, i], rate, l_max, eps), D[:, i]))
     return simulate_features(systems, u, zeros_or(state, (*u.shape[:2], A.shape[1])))
 
 
@@ -328,6 +327,16 @@ def softmax_weight(Lambda, z, W, rate, l_max, eps):
     return W * numerator * reciprocal(denominator, eps)
 
 
+def softmax_system(Lambda, z, W, rate, l_max, eps):
+    """A_bar (n, n), B_bar (n), weight (..., n) of DSS-softmax, with a state that does not depend on the rate.
+
+    B_bar is the zero-order hold (exp(rate z) - 1) / Lambda of B = 1, times exp(-l_max z / 2) where Re Lambda > 0;
+    the weight is that of `softmax_weight` divided by it.
+    """
+    B_bar = (np.exp(rate * z) - 1) / Lambda * np.where(Lambda.real > 0, np.exp(-l_max * z / 2), 1)
+    return expm(np.diag(rate * z)), B_bar, softmax_weight(Lambda, z, W, rate, l_max, eps) / B_bar
+
+
 def dss(p, u, state=None, rate=1.0, version="softmax", l_max=None, eps=1e-7):
     """DSS: u (b, h, l), state (b, h, n) complex -> y (b, h, l), state. n complex modes without conjugates.
 
@@ -335,8 +344,7 @@ def dss(p, u, state=None, rate=1.0, version="softmax", l_max=None, eps=1e-7):
     column for Re Lambda and one for Im Lambda: z = dt Lambda.
     version "exp":      Lambda = -exp(Lambda_re) + i Lambda_im; zero-order hold with B = 1, C = W:
                         x_k = exp(z) x_{k-1} + (exp(z) - 1) / Lambda u_k, y = Re(W x) + D u.
-    version "softmax":  Lambda = Lambda_re + i Lambda_im; weights from `softmax_weight`:
-                        x_k = exp(z) x_{k-1} + u_k, y = Re(weight x) + D u.
+    version "softmax":  Lambda = Lambda_re + i Lambda_im; the system of `softmax_system`.
     """
     real = -np.exp(p["Lambda_re"]) if version == "exp" else p["Lambda_re"]
     Lambda = real + 1j * p["Lambda_im"]
@@ -349,8 +357,7 @@ def dss(p, u, state=None, rate=1.0, version="softmax", l_max=None, eps=1e-7):
             A_bar, B_bar = zoh(np.diag(z), z / Lambda, rate)  # z / Lambda = dt, unless log_dt has two columns
             weight = W[i]
         else:
-            A_bar, B_bar = expm(np.diag(rate * z)), np.ones(len(z))
-            weight = softmax_weight(Lambda, z, W[i], rate, l_max, eps)
+            A_bar, B_bar, weight = softmax_system(Lambda, z, W[i], rate, l_max, eps)
         systems.append((A_bar, B_bar, weight[None], p["D"][i : i + 1]))
     return simulate_features(systems, u, zeros_or(state, (*u.shape[:2], len(Lambda))))
 

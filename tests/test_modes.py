@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.float64]
 @pytest.mark.parametrize("case", STATEFUL, **IDS)
 def test_oracle_at_every_length(case, dtype):
     layer = case.build().to(dtype)
-    u, x = signal(2, 3, case.l_max, dtype=dtype), random_state(layer, 2)
+    u, x = signal(2, case.h, case.l_max, dtype=dtype), random_state(layer, 2)
     expected, _ = case.simulate(parameters(layer), u.double().numpy(), to_numpy(x), 1.0)
     without, _ = case.simulate(parameters(layer), u.double().numpy(), None, 1.0)
     for l in [l for l in LENGTHS if l <= case.l_max]:
@@ -45,7 +45,7 @@ def test_oracle_at_every_length(case, dtype):
 @pytest.mark.parametrize("case", STATEFUL, **IDS)
 def test_step_mode_at_full_length(case, dtype):
     layer = case.build().to(dtype)
-    u = signal(1, 3, case.l_max, dtype=dtype)
+    u = signal(1, case.h, case.l_max, dtype=dtype)
     expected, _ = case.simulate(parameters(layer), u.double().numpy(), None, 1.0)
     with torch.no_grad():
         assert error(layer(u, method="step")[0], expected) <= TOLERANCE[dtype]
@@ -55,7 +55,7 @@ def test_step_mode_at_full_length(case, dtype):
 @pytest.mark.parametrize("case", STATEFUL, **IDS)
 def test_rates(case, rate):
     layer = case.build().double()
-    u, x = signal(2, 3, 40, dtype=torch.float64), random_state(layer, 2)
+    u, x = signal(2, case.h, 40, dtype=torch.float64), random_state(layer, 2)
     expected, expected_last = case.simulate(parameters(layer), u.numpy(), to_numpy(x), rate)
     runs = [layer(u, x, rate=rate, method=method) for method in case.methods]
     discrete, y, state = layer.discretize(rate), [], x
@@ -76,7 +76,7 @@ def test_kernel_is_the_impulse_response(case):
     layer = case.build().double()
     for l in (1, 5, 100):
         for rate in (1.0, 1.7):
-            impulse = torch.zeros(1, 3, l, dtype=torch.float64)
+            impulse = torch.zeros(1, case.h, l, dtype=torch.float64)
             impulse[..., 0] = 1
             y, _ = case.simulate(parameters(layer), impulse.numpy(), None, rate)
             K = layer.kernel(l, rate=rate)
@@ -87,7 +87,7 @@ def test_kernel_is_the_impulse_response(case):
 @pytest.mark.parametrize("case", STATEFUL, **IDS)
 def test_chunks_equal_one_call(case):
     layer = case.build()
-    u, x = signal(2, 3, 300), random_state(layer, 2)
+    u, x = signal(2, case.h, 300), random_state(layer, 2)
     for method in case.methods:
         with torch.no_grad():
             whole, last = layer(u, x, method=method, rate=1.7)
@@ -119,7 +119,7 @@ def gradients(layer, u, x, method, **options):
 @pytest.mark.parametrize("case", STATEFUL, **IDS)
 def test_gradients_agree_between_modes(case, with_state, l):
     layer = case.build().double()
-    u, x = signal(2, 3, l, dtype=torch.float64), random_state(layer, 2) if with_state else None
+    u, x = signal(2, case.h, l, dtype=torch.float64), random_state(layer, 2) if with_state else None
     expected = gradients(layer, u, x, "step", rate=1.7)
     for method in case.methods:
         found = gradients(layer, u, x, method, rate=1.7)
@@ -131,7 +131,7 @@ def test_gradients_agree_between_modes(case, with_state, l):
 def test_inputs_of_any_layout_and_dtype(case):
     layer = case.build()
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    u = signal(2, 3, 50)
+    u = signal(2, case.h, 50)
     for method in case.methods:
         y, _ = layer(u, method=method)
         assert torch.equal(layer(u.mT.contiguous().mT, method=method)[0], y) or \
@@ -152,7 +152,7 @@ def test_inputs_of_any_layout_and_dtype(case):
 @pytest.mark.parametrize("case", CASES, **IDS)
 def test_no_tensor_is_created_on_the_wrong_device(case):
     layer = case.build().to("meta")
-    u = torch.empty(2, 3, 50, device="meta", requires_grad=True)
+    u = torch.empty(2, case.h, 50, device="meta", requires_grad=True)
     for method in case.methods:
         for x in [None] + ([layer.initial_state(2)] if case.has_state else []):
             y, last = layer(u, x, method=method)
@@ -167,7 +167,7 @@ def test_no_tensor_is_created_on_the_wrong_device(case):
 @pytest.mark.parametrize("case", CASES, **IDS)
 def test_cuda_agrees_with_cpu(case):
     layer = case.build()
-    u, x = signal(2, 3, 257), random_state(layer, 2) if case.has_state else None
+    u, x = signal(2, case.h, 257), random_state(layer, 2) if case.has_state else None
     expected, _ = layer(u, x)
     layer, x = layer.cuda(), None if x is None else like(x, [t.cuda() for t in leaves(x)])
     for method in case.methods:
@@ -178,7 +178,7 @@ def test_cuda_agrees_with_cpu(case):
 
 @pytest.mark.parametrize("case", CASES, **IDS)
 def test_initial_state_copies_and_round_trips(case):
-    layer, u = case.build(), signal(2, 3, 20)
+    layer, u = case.build(), signal(2, case.h, 20)
     y, _ = layer(u)
     other = case.build(seed=7)
     assert error(other(u)[0], y) > 1e-3
@@ -208,11 +208,11 @@ def test_learning_rates_are_recorded(case):
 
 @pytest.mark.parametrize("case", CASES, **IDS)
 def test_bad_sequences_states_rates_and_methods(case):
-    layer, u = case.build(), signal(2, 3, 8)
+    layer, u = case.build(), signal(2, case.h, 8)
     nan = float("nan")
     calls = {
         "u": [lambda v=v: layer(v) for v in (u[0], u[..., :0], u[:, :2], u.long(), u.to(torch.complex64), None,
-                                             np.zeros((2, 3, 8)))],
+                                             np.zeros((2, case.h, 8)))],
         "method": [lambda v=v: layer(u, method=v) for v in ("fft", None, "Conv")],
         "rate": [lambda v=v: layer(u, rate=v) for v in (0.0, -1.0, nan, float("inf"), "2", None, True)],
     }

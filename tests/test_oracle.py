@@ -190,7 +190,7 @@ def test_s4_channels_and_copies():
     close("s4 channels", y_more, np.concatenate([y, -2 * y], axis=1))
     close("s4 channels", state_more, state)
     two = {**p, "P": p["P"][:, :2], **{k: p[k][:2] for k in ("B", "log_A_real", "A_imag")}}
-    repeated = [0, 0, 1, 1]
+    repeated = [0, 1, 0, 1]
     four = {**p, "P": p["P"][:, repeated], **{k: p[k][repeated] for k in ("B", "log_A_real", "A_imag")}}
     close("s4 copies", oracle.s4_nplr(two, u)[0], oracle.s4_nplr(four, u)[0])
     close("s4 copies", oracle.s4_diag(two, u)[0], oracle.s4d(four, u)[0])

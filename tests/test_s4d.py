@@ -97,8 +97,8 @@ def test_phi_and_its_gradient_near_zero():
     z = torch.tensor([0, 1e-30, 1e-12, 1e-8j, 9.99e-4, 1.01e-3, -1e-3 + 1e-3j, 2 - 3j], dtype=torch.complex128)
     z.requires_grad_()
     value = phi(z)
-    reference = sum(z.detach() ** k / math.factorial(k + 1) for k in range(30))
-    slope = sum(k * z.detach() ** (k - 1) / math.factorial(k + 1) for k in range(1, 30))
+    reference = sum(z.detach() ** k / float(math.factorial(k + 1)) for k in range(30))
+    slope = sum(k * z.detach() ** (k - 1) / float(math.factorial(k + 1)) for k in range(1, 30))
     assert error(value, reference) <= 1e-12
     value.real.sum().backward()
     assert error(z.grad.conj(), slope) <= 1e-9

@@ -1,0 +1,624 @@
+"""S4, the structured state space layer with a dense state matrix, and S4D and its relatives as options.
+
+    Gu, Goel, Re: Efficiently Modeling Long Sequences with Structured State Spaces (2021), arXiv 2111.00396
+    Gu, Johnson, Timalsina, Rudra, Re: How to Train Your HiPPO (2022), arXiv 2206.12037
+    Gu, Gupta, Goel, Re: On the Parameterization and Initialization of Diagonal State Space Models, arXiv 2206.11893
+
+`python s4.py` checks all modes against each other, `python s4.py figures/s4.png` draws the figure.
+
+The model is the one of lssl.py: every feature u(t) drives n states, x' = A x + B u, y = C x + D u, sampled to
+
+    x_k = A_bar x_{k-1} + B_bar u_k,     y_k = C x_k + D u_k,     K_k = C A_bar^k B_bar.              (1)
+
+What was wrong before. The HiPPO matrices, with which long memory works, are dense, and powers of a dense matrix
+cost n^3. They cannot be diagonalized in floating point either: the eigenvectors of HiPPO-LegS grow like 2^n.
+
+The idea. A HiPPO matrix is normal plus low rank (NPLR), and a normal matrix has orthogonal eigenvectors V. In that
+basis A is diagonal minus low rank, with conjugate pairs of which one half is kept:
+
+    A = V (Lambda - P P*) V*,     r = rank P = 1 or 2.                                                (2)
+
+The kernel. Its generating function sums the geometric series of (1), with the bilinear transform
+
+    K^(z) = sum_k K_k z^k = C (1 - z A_bar)^{-1} B_bar = 2/(1+z) C (s - A)^{-1} B,   s = 2/dt (1-z)/(1+z).   (3)
+
+Woodbury reduces the inverse in (3) to inverses of the diagonal s - Lambda, that is to Cauchy sums
+
+    k(v) = sum_n v_n / (s - Lambda_n), a conjugate pair giving 2 (s Re v - Re(v Lambda*)) / (s^2 - 2 s Re Lambda + |Lambda|^2),
+
+for v = C B, C P, P* B, P* P. The denominator is the same for all of them: one complex array (h, n/2, nodes).
+
+Differs from the paper: (3) is evaluated on a circle of radius r < 1, z_j = r exp(-2 pi i j / M), and
+
+    K_k = r^{-k} irfft(K^(z_j))_k - r^M K_{k+M} - ...                                                 (4)
+
+drops the last terms. With M = l and r^M = 1e-8, that error and the rounding of double precision amplified by r^{-k}
+are both 1e-8 (Abate and Whitt 1992 invert generating functions so). The paper takes r = 1, where nothing decays:
+its parameter is C (1 - A_bar^l) for one fixed l, has to be doubled for longer sequences, is wrong at other rates, and
+the node z = -1 is a pole. Here C is C, and any length and rate just work.
+
+Why bilinear? (3) needs only s - A. Zero-order hold would need the exponential of a dense matrix. In mode "diag" it
+is the other way round, as s4d.py explains.
+
+State and step use a real form: x = [Re; Im] of the kept half, q = [Re P; Im P], A = rot(Lambda) - 2 q q^T, real n x n.
+
+What is trained: log_dt, Lambda, P, B, C, D. What stays fixed by construction: Re Lambda < 0 and the sign of P P*, so
+A + A* < 0, and every |eigenvalue of A_bar| < 1.
+
+Symbols: b batch, h features (d_model), n states (d_state; n/2 are stored), l length, m channels, r rank; s copies of
+(A, B), feature i using copy i mod s; u (b, h, l), y (b, m h, l); x (b, h, n) real, in mode "diag" (b, h, n/2) complex.
+"""
+
+import math
+import sys
+import time
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+
+
+# ---- arguments ----
+
+def require(ok: bool, name: str, value, remedy: str) -> None:
+    """Raise a ValueError that names the argument, the value received and the remedy."""
+    if not ok:
+        raise ValueError(f"{name} = {value!r}: {remedy}")
+
+
+def check_number(name: str, value, kind: type = float, even: bool = False) -> None:
+    """value must be a positive, finite number; with kind=int a whole one."""
+    ok = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
+    require(ok and not (even and value % 2), name, value, f"pass a positive{' even' * even} {kind.__name__}")
+
+
+def check_tensor(name: str, x, shape: tuple, kind: str = "floating_point") -> None:
+    """x must be a tensor of this kind and shape, in which a letter stands for any size from 1 up."""
+    ok = isinstance(x, Tensor) and getattr(x, f"is_{kind}")() and x.ndim == len(shape)
+    ok = ok and all(got > 0 if isinstance(want, str) else got == want for got, want in zip(x.shape, shape))
+    got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else x
+    require(ok, name, got, f"pass a {kind.replace('_', ' ')} tensor ({', '.join(map(str, shape))})")
+
+
+def learning_rates(layer: nn.Module, lr, names: dict) -> dict:
+    """{parameter: learning rate} for lr = one rate, a dict by short name (1e-3 if left out) or None (empty).
+
+    names: {short name: its parameters}. The rate 0.0 freezes a parameter.
+    """
+    rates = {} if lr is None else dict.fromkeys(names, 1e-3 if isinstance(lr, dict) else lr)
+    rates |= lr if isinstance(lr, dict) else {}
+    for short, rate in rates.items():
+        ok = short in names and isinstance(rate, (int, float)) and 0 <= rate < math.inf
+        require(ok, "lr", lr, f"pass None, a rate >= 0, or a dict of such rates for {', '.join(names)}")
+    found = {name: rate for short, rate in rates.items() for name in names[short]}
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(found.get(name, 1.0) > 0)
+    return {name: float(found[name]) for name, _ in layer.named_parameters() if name in found}
+
+
+# ---- the matrix A: HiPPO, and its normal plus low-rank form ----
+
+def hippo(measure: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A (n, n), B (n) and the low-rank correction P (r, n), real, for which A + P^T P is normal.
+
+    legs (arXiv 2111.00396, eq. 2): all of the past, scaled; A_ij = -sqrt((2i+1)(2j+1)) for i > j, -(i+1) for i = j
+    legt (arXiv 2206.12037): a sliding window; A_ij = -sqrt((2i+1)(2j+1)) / 2, times (-1)^(i-j) for i < j
+    fout (arXiv 2206.12037): a window in a Fourier basis; rotations by pi j, minus B B^T
+    """
+    i = torch.arange(n, dtype=torch.float64)
+    root = torch.sqrt(2 * i + 1)
+    if measure == "legs":
+        A = -torch.tril(torch.outer(root, root), -1) - torch.diag(i + 1)
+        return A, root, root[None] / 2 ** 0.5
+    if measure == "legt":
+        signs = torch.where(i[:, None] < i, (-1) ** (i[:, None] - i), 1.0)
+        odd = i % 2
+        return -torch.outer(root, root) * signs / 2, root / 2, torch.stack([root * (1 - odd), root * odd]) / 2 ** 0.5
+    B = torch.where(i % 2 == 0, 2 ** 0.5, 0.0)
+    B[0] = 1
+    rotation = torch.diag((math.pi * (i // 2) * (i % 2))[1:], -1)
+    return rotation - rotation.mT - torch.outer(B, B), B, B[None]
+
+
+def nplr(measure: str, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Equation (2): the half with Im Lambda >= 0 of Lambda (n/2), P (r, n/2), B (n/2), V (n, n/2), complex128.
+
+    A + P^T P = -c + S with S skew-symmetric: V are the eigenvectors of the Hermitian -i S, B becomes V* B.
+    """
+    A, B, P = hippo(measure, n)
+    normal = A + P.mT @ P
+    if measure == "fout":     # blocks of two, written down since the double eigenvalue 0 has no unique eigenvectors
+        imag = math.pi * torch.arange(n // 2, dtype=torch.float64)
+        V = torch.complex(torch.eye(n).double()[:, ::2], -torch.eye(n).double()[:, 1::2]) / 2 ** 0.5
+    else:
+        imag, V = torch.linalg.eigh(-1j * (normal - normal.mT) / 2)
+        imag, V = imag[n // 2:], V[:, n // 2:]
+    Lambda = torch.complex(normal.diagonal().mean().expand(n // 2), imag)
+    return Lambda, P.to(V.dtype) @ V.conj(), V.mH @ B.to(V.dtype), V
+
+
+def diagonal(measure: str, n: int) -> Tensor:
+    """The initial Lambda of mode "diag" (arXiv 2206.11893, section 4), Im >= 0: (n/2) complex128.
+
+    diag-rand: -Re log-uniform in (1e-3, 1), Im uniform in (0, pi), per sample when dt = 1 (as in gss.py).
+    """
+    i, half = torch.arange(n // 2, dtype=torch.float64), torch.full((n // 2,), 0.5, dtype=torch.float64)
+    if measure == "diag-real":
+        return torch.complex(-1 - i, 0 * i)
+    if measure == "diag-rand":
+        return torch.complex(-torch.exp(math.log(1e-3) * torch.rand_like(half)), math.pi * torch.rand_like(half))
+    imag = {"diag-lin": lambda: math.pi * i,
+            "diag-inv": lambda: n / math.pi * (n / (2 * i + 1) - 1),
+            "diag-quad": lambda: (2 * i + 1) ** 2 / math.pi,
+            "diag-legs": lambda: nplr("legs", n)[0].imag.flip(0)}[measure]()
+    return torch.complex(-half, imag)
+
+
+MEASURES = {   # several measures stand side by side, on alternating features
+    "nplr": {"legs": ["legs"], "legt": ["legt"], "fout": ["fout"], "hippo": ["legs", "fout"]},
+    "diag": {name: [name] for name in ("diag-lin", "diag-inv", "diag-quad", "diag-real", "diag-legs", "diag-rand")}
+    | {"diag": ["diag-inv", "diag-lin"]},
+}
+
+REAL_TYPES = {   # -Re A as a function of the parameter, and the inverse; "none" does not keep it positive
+    "exp": (torch.exp, torch.log),
+    "relu": (lambda raw: raw.relu() + 1e-4, lambda value: value - 1e-4),
+    "softplus": (nn.functional.softplus, lambda value: value + torch.log(-torch.expm1(-value))),
+    "none": (lambda raw: raw, lambda value: value),
+}
+
+
+# ---- discretization of a diagonal A ----
+
+def phi(z: Tensor) -> Tensor:
+    """(exp(z) - 1) / z, which is 1 at z = 0. Near 0 the difference would cancel: there its Taylor series."""
+    small = z.abs() < 1e-3
+    series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5)))
+    z = torch.where(small, 1, z)             # keeps the gradient of the branch that is not taken finite
+    return torch.where(small, series, (z.exp() - 1) / z)
+
+
+def discretize_zoh(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero-order hold: A_bar = exp(dt A), B_bar = A^-1 (exp(dt A) - 1) B."""
+    return torch.exp(dt * A), dt * phi(dt * A) * B
+
+
+def discretize_bilinear(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Bilinear transform: A_bar = (1 + dt A / 2) / (1 - dt A / 2), B_bar = dt B / (1 - dt A / 2)."""
+    return (1 + dt * A / 2) / (1 - dt * A / 2), dt * B / (1 - dt * A / 2)
+
+
+def discretize_dss(Lambda: Tensor, W: Tensor, dt: Tensor, rate: float, l_max: int) -> tuple[Tensor, Tensor]:
+    """B_bar and C of DSS-softmax: C B_bar = W (e^{rate z} - 1) / (Lambda (e^{l_max z} - 1)), z = dt Lambda.
+
+    Zero-order hold of B = 1, and the normalizer in C. 1/x is conj(x) / (|x|^2 + 1e-7), finite at 0. If Re z > 0, the
+    quotient is taken with e^{-l_max z} above and below, one half of it in B_bar and one in C.
+    """
+    growing = (dt * Lambda).real > 0
+    sign = torch.where(growing, -1.0, 1.0)
+    x = (torch.exp(sign * l_max * dt * Lambda) - 1) * Lambda
+    share = torch.exp(-l_max / 2 * dt * torch.where(growing, Lambda, 0))
+    C = sign * W * Lambda * x.conj() / (x.real ** 2 + x.imag ** 2 + 1e-7)
+    return rate * dt * phi(rate * dt * Lambda) * share, C * share
+
+
+class Discrete(NamedTuple):
+    """The recurrence (1). nplr: A_bar (h, n, n), B_bar (h, n), C (m, h, n) real; diag: n/2 complex numbers each."""
+    A_bar: Tensor
+    B_bar: Tensor
+    C: Tensor
+
+
+# ---- the kernel of A = Lambda - P P* ----
+
+def nplr_kernel(Lambda: Tensor, B: Tensor, P: Tensor, C: Tensor, dt: Tensor, l: int, exact: bool) -> Tensor:
+    """K_0 ... K_{l-1} by equations (3) and (4): (m, h, l) float64.
+
+    Lambda, B (h, n), P (r, h, n), C (m, h, n) complex128 halves of conjugate pairs, dt (h).
+    exact: 1e-11 instead of 1e-8, from twice as many nodes
+    """
+    M = min(m << ((l - 1) // m).bit_length() for m in (1, 3, 5)) * (2 if exact else 1)     # >= l, a fast FFT
+    radius = (2e-11 if exact else 1e-8) ** (1 / M)
+    j = torch.arange(M // 2 + 1, dtype=torch.float64, device=dt.device)
+    z = torch.polar(torch.full_like(j, radius), -2 * math.pi / M * j)
+    s = 2 * (1 - z) / (1 + z)                                                # times dt, so it serves all features
+    w = dt[:, None] * Lambda
+    # the denominators s^2 - 2 s Re w + |w|^2 for all features, states and nodes, as one product of rank 3
+    w3 = torch.stack([torch.ones_like(w.real), -2 * w.real, w.real ** 2 + w.imag ** 2], -1)
+    s3 = torch.view_as_real(torch.stack([s ** 2, s, torch.ones_like(s)]))    # (3, nodes, 2)
+    G = torch.view_as_complex(torch.einsum("hnk,kjc->hnjc", w3, s3)).reciprocal()
+    # all Cauchy sums as a table with the rows C_1, ..., C_m, P_1*, ..., P_r* and the columns B, P_1, ..., P_r
+    rows, columns = torch.cat([C, P.conj()]), torch.cat([B[None], P])
+    v = torch.einsum("ahn,chn,h->hacn", rows, columns, dt.to(B.dtype))
+    v = torch.stack([v.real, -(v * w[:, None, None].conj()).real], 1).flatten(1, 3)
+    v = torch.view_as_complex(torch.einsum("hvn,hnjc->hvjc", v, torch.view_as_real(G)))
+    table = 2 * (s * v[:, :v.shape[1] // 2] + v[:, v.shape[1] // 2:]).unflatten(1, (len(rows), len(columns)))
+    # Woodbury: put 1 + P* (s - Lambda)^{-1} P into the corner and eliminate its rows and columns, one after another
+    r, m = len(P), len(C)
+    table = table + nn.functional.pad(torch.eye(r, device=dt.device), (1, 0, m, 0))[:, :, None]
+    for _ in range(r):
+        table = table[:, :-1, :-1] - table[:, :-1, -1:] * table[:, -1:, :-1] / table[:, -1:, -1:]
+    K = torch.fft.irfft(2 / (1 + z) * table[:, :, 0], M)[..., :l]            # (h, m, l)
+    return K.transpose(0, 1) * radius ** -torch.arange(l, dtype=torch.float64, device=dt.device)
+
+
+def diagonal_kernel(A_bar: Tensor, CB: Tensor, l: int) -> Tensor:
+    """2 Re sum_n CB_n A_bar_n^k by two digits of k, as s4d.py explains: (h, n), (m, h, n) -> (m, h, l) float64."""
+    def powers(a, count):                          # a^0, a^1, ..., a^(count - 1): (h, count, n)
+        p = torch.ones_like(a)[:, None]
+        while p.shape[1] < count:
+            p = torch.cat([p, p * (p[:, -1:] * a[:, None])], 1)
+        return p[:, :count]
+
+    T = math.isqrt(l - 1) + 1
+    low = powers(A_bar, T)
+    high = 2 * CB[:, :, None] * powers(low[:, -1] * A_bar, -(-l // T))       # (m, h, J, n)
+    return (high @ low.mT).real.flatten(2)[..., :l]
+
+
+# ---- powers of a dense matrix, by squaring ----
+
+def squares(A_bar: Tensor, l: int) -> list[Tensor]:
+    """A_bar, A_bar^2, A_bar^4, ..., each (h, n, n), as many as l - 1 has binary digits (at least one)."""
+    powers = [A_bar]
+    while 2 ** len(powers) < l:
+        powers.append(powers[-1] @ powers[-1])
+    return powers
+
+
+def krylov(powers: list[Tensor], x: Tensor) -> Tensor:
+    """x_k A_bar^i for i < 2^len(powers), the rows for i one block: (h, k, n) -> (h, 2^len(powers) k, n)."""
+    for power in powers:
+        x = torch.cat([x, x @ power], 1)
+    return x
+
+
+def two_digits(powers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The squares that make up A_bar^i, i < T, and those of A_bar^{jT}, where k = jT + i, T a power of 2."""
+    return powers[:len(powers) // 2 + 1], powers[len(powers) // 2 + 1:]
+
+
+def output_of_state(C: Tensor, powers: list[Tensor], x: Tensor) -> Tensor:
+    """What the state x (b, h, n) adds to the next outputs: C A_bar^{k+1} x with C (h, m, n), (b, m, h, JT)."""
+    low, high = two_digits(powers)
+    rows = krylov(low, C @ powers[0])                                        # C A_bar^{i+1}: (h, T m, n)
+    x = krylov([power.mT for power in high], x.transpose(0, 1))              # A_bar^{jT} x: (h, J b, n)
+    y = (x @ rows.mT).unflatten(2, (-1, C.shape[1])).unflatten(1, (2 ** len(high), -1))    # (h, J, b, T, m)
+    return y.permute(2, 4, 0, 1, 3).flatten(-2)
+
+
+def state_of_input(B_bar: Tensor, powers: list[Tensor], u: Tensor) -> Tensor:
+    """The state that u (b, h, l) leaves: sum_k A_bar^{l-1-k} B_bar u_k with B_bar (h, n), (b, h, n)."""
+    low, high = two_digits(powers)
+    T, J = 2 ** len(low), 2 ** len(high)
+    columns = krylov([power.mT for power in low], B_bar[:, None]).flip(1)    # A_bar^{T-1-i} B_bar: (h, T, n)
+    u = nn.functional.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))     # zeros in front add nothing
+    x = torch.einsum("bhji,hin->hjbn", u, columns)                           # each block of T by itself, ...
+    for power in high:                                                       # ... then neighbours in pairs
+        x = (x[:, ::2].flatten(1, 2) @ power.mT).unflatten(1, (-1, u.shape[0])) + x[:, 1::2]
+    return x[:, 0].transpose(0, 1)
+
+
+def advance(powers: list[Tensor], x: Tensor, l: int) -> Tensor:
+    """A_bar^l x for x (b, h, n), from the binary digits of l - 1."""
+    x = x.transpose(0, 1) @ powers[0].mT
+    for digit, power in enumerate(powers):
+        x = x @ power.mT if l - 1 >> digit & 1 else x
+    return x.transpose(0, 1)
+
+
+def fft_conv(u: Tensor, K: Tensor) -> Tensor:
+    """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (b, h, l) with K (h, l).
+
+    The FFT convolves on a circle: zeros up to length 2l - 1 keep the end out of the beginning; m 2^k is fast.
+    """
+    l = u.shape[-1]
+    size = min(m << ((2 * l - 2) // m).bit_length() for m in (1, 3, 5))
+    return torch.fft.irfft(torch.fft.rfft(u, size) * torch.fft.rfft(K, size), size)[..., :l]
+
+
+# ---- the layer ----
+
+def real_form(Lambda: Tensor, P: Tensor) -> Tensor:
+    """A as a real matrix acting on [Re x; Im x]: Lambda (h, n/2), P (r, h, n/2) -> (h, n, n)."""
+    a, b, q = torch.diag_embed(Lambda.real), torch.diag_embed(Lambda.imag), torch.cat([P.real, P.imag], -1)
+    rotation = torch.cat([torch.cat([a, -b], -1), torch.cat([b, a], -1)], -2)
+    return rotation - 2 * torch.einsum("rhi,rhj->hij", q, q)
+
+
+def channel_map(linear: nn.Linear, u: Tensor) -> Tensor:
+    """A linear layer over the features of u (b, h, l)."""
+    return linear.weight @ u.to(linear.weight.dtype) + linear.bias[:, None]
+
+
+class S4(nn.Module):
+    """State space layer (b, h, l) -> (b, m h, l): the SSM with D, and with gate or bottleneck the block of GSS.
+
+    d_model, d_state: number of features h; number of states n per feature (even)
+    mode: "nplr" (S4) or "diag" (S4D and relatives)
+    measure: initial A. nplr: "legs", "legt", "fout", "hippo" (legs and fout on alternating features);
+        diag: "diag-lin", "diag-inv", "diag-quad", "diag-real", "diag-legs", "diag-rand", "diag" (inv and lin).
+        The default legs stands for diag-legs in mode diag
+    disc: nplr: "bilinear" (default). diag: "zoh" (default), "bilinear", "dss" (kernel of DSS, needs l_max)
+    real_type: -Re Lambda is "exp", "relu" or "softplus" of its parameter, or with "none" the parameter itself, and
+        then nothing but the optimizer's luck keeps the system stable
+    rank: rank of P, at least that of the measure (default); more columns start as small noise
+    n_ssm: number of different (A, B), a divisor of h (default: h, one for each feature)
+    channels: number m of outputs per feature; channel c of feature i is output c h + i
+    bidirectional: add sum_{j >= 1} K'_{j-1} u_{k+j} with a second C; no state and no step then
+    gate, bottleneck: y = W_o((W_y SSM(GELU(W_u u))) * GELU(W_v u)), the SSM on h / bottleneck features, the gate
+        on h gate of them; each can be used without the other (see gss.py)
+    l_max: the length over which disc "dss" normalizes
+    dt_min, dt_max: the step sizes start log-uniform in between, in the unit of time in which A is written
+    lr: learning rates of dt, A (with P) and B for the optimizer, recorded in `ssm_lr` (see learning_rates)
+    Raises ValueError for any other value.
+    """
+
+    def __init__(self, d_model: int, d_state: int = 64, *, mode: str = "nplr", measure: str = "legs",
+                 disc: Optional[str] = None, real_type: str = "exp", rank: Optional[int] = None,
+                 n_ssm: Optional[int] = None, channels: int = 1, bidirectional: bool = False,
+                 gate: Optional[int] = None, bottleneck: Optional[int] = None, l_max: Optional[int] = None,
+                 dt_min: float = 1e-3, dt_max: float = 1e-1, lr=1e-3):
+        super().__init__()
+        check_number("d_model", d_model, int)
+        check_number("d_state", d_state, int, even=True)
+        check_number("channels", channels, int)
+        check_number("dt_min", dt_min)
+        check_number("dt_max", dt_max)
+        require(dt_min <= dt_max, "dt_max", dt_max, f"pass at least dt_min = {dt_min}")
+        for name, value in {"rank": rank, "n_ssm": n_ssm, "gate": gate, "bottleneck": bottleneck, "l_max": l_max}.items():
+            if value is not None:
+                check_number(name, value, int)
+        require(mode in MEASURES, "mode", mode, "choose nplr or diag")
+        measure = "diag-legs" if (mode, measure) == ("diag", "legs") else measure
+        require(measure in MEASURES[mode], "measure", measure, f"choose one of {', '.join(MEASURES[mode])}")
+        discs = ("bilinear",) if mode == "nplr" else ("zoh", "bilinear", "dss")
+        disc = discs[0] if disc is None else disc
+        require(disc in discs, "disc", disc, f"choose one of {', '.join(discs)} in mode {mode}")
+        require(real_type in REAL_TYPES, "real_type", real_type, f"choose one of {', '.join(REAL_TYPES)}")
+        require(disc != "dss" or l_max is not None, "l_max", l_max, "disc dss needs the length that it normalizes over")
+        require(d_model % (bottleneck or 1) == 0, "bottleneck", bottleneck, f"pass a divisor of d_model = {d_model}")
+        h, n, m = d_model // (bottleneck or 1), d_state, channels * (1 + bool(bidirectional))
+        names = MEASURES[mode][measure]
+        s = h if n_ssm is None else n_ssm
+        require(h % s == 0 and s % len(names) == 0, "n_ssm", n_ssm, f"pass a divisor of {h}, a multiple of {len(names)}")
+        self.d_model, self.h, self.d_state, self.channels, self.l_max = d_model, h, n, channels, l_max
+        self.mode, self.disc, self.real_type, self.bidirectional = mode, disc, real_type, bool(bidirectional)
+
+        Lambda, P, B = zip(*(self._initial(name, n, rank) for _ in range(s // len(names)) for name in names))
+        Lambda = torch.stack(Lambda)
+        self.log_dt = nn.Parameter(math.log(dt_min) + torch.rand(h) * math.log(dt_max / dt_min))
+        self.log_A_real = nn.Parameter(REAL_TYPES[real_type][1]((-Lambda.real).clamp(min=1e-4)).to(self.log_dt.dtype))
+        self.A_imag = nn.Parameter(Lambda.imag.to(self.log_dt.dtype))
+        self.P = None if mode == "diag" else nn.Parameter(torch.view_as_real(torch.stack(P, 1)).to(self.log_dt.dtype))
+        self.B = nn.Parameter(torch.view_as_real(torch.stack(B)).to(self.log_dt.dtype))
+        self.C = nn.Parameter(torch.randn(m, h, n // 2, 2) * 0.5 ** 0.5)
+        self.D = nn.Parameter(torch.randn(channels, h))
+        names = {"dt": ["log_dt"], "A": ["log_A_real", "A_imag", "P"], "B": ["B"]}
+        self.ssm_lr = learning_rates(self, lr, names)
+        self.input_linear = nn.Linear(d_model, h) if bottleneck else None
+        self.input_gate = nn.Linear(d_model, d_model * gate) if gate else None
+        self.output_gate = nn.Linear(channels * h, d_model * gate) if gate else None
+        self.output_linear = None
+        if gate or bottleneck:
+            self.output_linear = nn.Linear(d_model * gate if gate else channels * h, channels * d_model)
+
+    @staticmethod
+    def _initial(measure: str, n: int, rank: Optional[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Lambda (n/2), P (r, n/2) and B (n/2) of one copy."""
+        if measure.startswith("diag"):
+            require(rank is None, "rank", rank, "mode diag has no low-rank part, pass None")
+            Lambda = diagonal(measure, n)
+            return Lambda, torch.empty(0), torch.ones_like(Lambda)
+        Lambda, P, B, _ = nplr(measure, n)
+        rank = len(P) if rank is None else rank
+        require(rank >= len(P), "rank", rank, f"measure {measure} has rank {len(P)}, pass at least that")
+        return Lambda, torch.cat([P, 1e-2 * torch.randn(rank - len(P), n // 2, dtype=P.dtype)]), B
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The real dtype of the computation: that of the parameters, float32 at least."""
+        return torch.promote_types(self.D.dtype, torch.float32)
+
+    def _parameters64(self, rate: float) -> tuple[Tensor, ...]:
+        """Lambda, B (h, n/2), P (r, h, n/2), C (m, h, n/2) complex and dt (h), in double precision."""
+        check_number("rate", rate)
+        complex64 = [None if p is None else torch.view_as_complex(p.double()) for p in (self.B, self.P, self.C)]
+        B, P, C = complex64
+        Lambda = torch.complex(-REAL_TYPES[self.real_type][0](self.log_A_real.double()), self.A_imag.double())
+        copies = self.h // len(Lambda)
+        P = None if P is None else P.repeat(1, copies, 1)
+        return Lambda.repeat(copies, 1), B.repeat(copies, 1), P, C, rate * self.log_dt.double().exp()
+
+    def _discretize(self, rate: float) -> Discrete:
+        """discretize() in double precision, for the powers of A_bar."""
+        Lambda, B, P, C, dt = self._parameters64(rate)
+        if self.mode == "nplr":
+            A, identity = real_form(Lambda, P), torch.eye(self.d_state, dtype=dt.dtype, device=dt.device)
+            half = dt[:, None, None] / 2 * A
+            B = dt[:, None] * torch.cat([B.real, B.imag], -1)
+            solved = torch.linalg.solve(identity - half, torch.cat([identity + half, B[..., None]], -1))
+            return Discrete(solved[..., :-1], solved[..., -1], 2 * torch.cat([C.real, -C.imag], -1))
+        dt = dt[:, None]
+        if self.disc == "dss":     # dss.py derives it; 1/2 because DSS adds up n/2 single states, not pairs
+            B_bar, C = discretize_dss(Lambda, B * C / 2, dt / rate, rate, self.l_max)
+            return Discrete(torch.exp(dt * Lambda), B_bar, C)
+        return Discrete(*(discretize_zoh if self.disc == "zoh" else discretize_bilinear)(Lambda, B, dt), C)
+
+    def discretize(self, rate: float = 1.0) -> Discrete:
+        """A_bar, B_bar and C of the recurrence (1) at step size rate * dt."""
+        self._check_causal()
+        matrices = self._discretize(rate)
+        return Discrete(*(matrix.to(self.dtype.to_complex() if matrix.is_complex() else self.dtype)
+                          for matrix in matrices))
+
+    def _kernels(self, l: int, rate: float) -> Tensor:
+        """K of all channels, forward and then backward in time: (m, h, l)."""
+        if self.mode == "nplr":
+            return nplr_kernel(*self._parameters64(rate), l, self.dtype == torch.float64).to(self.dtype)
+        d = self._discretize(rate)
+        return diagonal_kernel(d.A_bar, d.C * d.B_bar, l).to(self.dtype)
+
+    def kernel(self, l: int, rate: float = 1.0) -> Tensor:
+        """The impulse response K_0 ... K_{l-1} of (1), without D: (m h, l); of the SSM alone, without gating.
+
+        Bidirectional: (2 m h, l), the kernels for the past before those for the future.
+        """
+        check_number("l", l, int)
+        return self._kernels(l, rate).flatten(0, 1)
+
+    def _check_causal(self) -> None:
+        """A bidirectional layer reads the whole sequence, so that it has no state."""
+        require(not self.bidirectional, "state", "bidirectional=True", "a layer with state or step needs False")
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        """x_{-1} = 0: (b, h, n) real, or in mode "diag" (b, h, n/2) complex; h / bottleneck features."""
+        self._check_causal()
+        check_number("batch_size", batch_size, int)
+        if self.mode == "nplr":
+            return torch.zeros(batch_size, self.h, self.d_state, dtype=self.dtype, device=self.D.device)
+        shape = batch_size, self.h, self.d_state // 2
+        return torch.zeros(shape, dtype=self.dtype.to_complex(), device=self.D.device)
+
+    def check_state(self, state: Tensor, b: int) -> None:
+        """state must have the shape and kind of initial_state(b)."""
+        self._check_causal()
+        if self.mode == "nplr":
+            check_tensor("state", state, (b, self.h, self.d_state))
+        else:
+            check_tensor("state", state, (b, self.h, self.d_state // 2), "complex")
+
+    def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0,
+             discrete: Optional[Discrete] = None) -> tuple[Tensor, Tensor]:
+        """One step of the recurrence (1): u (b, h), state -> y (b, m h) and the next state.
+
+        discrete: what discretize(rate) returned, to reuse it for many steps; rate is then ignored.
+        """
+        check_tensor("u", u, ("b", self.d_model))
+        self.check_state(state, u.shape[0])
+        discrete = self.discretize(rate) if discrete is None else discrete
+        y, x = self._gated(lambda v: self._step(v, state, discrete), u[..., None])
+        return y[..., 0].to(u.dtype), x
+
+    def _step(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
+        """The recurrence (1) as it stands: u (b, h, 1) -> y (b, m h, 1), x."""
+        if self.mode == "nplr":
+            x = torch.einsum("hij,bhj->bhi", d.A_bar, x.to(d.A_bar.dtype)) + d.B_bar * u
+            y = torch.einsum("mhn,bhn->bmh", d.C, x)
+        else:
+            x = d.A_bar * x.to(d.A_bar.dtype) + d.B_bar * u
+            y = 2 * torch.einsum("mhn,bhn->bmh", d.C, x).real
+        return (y + self.D * u[:, None, :, 0]).flatten(1)[..., None], x.to(d.A_bar.dtype)
+
+    def forward(self, u: Tensor, state: Optional[Tensor] = None, *, rate: float = 1.0,
+                method: str = "conv") -> tuple[Tensor, Optional[Tensor]]:
+        """A sequence: u (b, h, l), state as of initial_state, or None -> y (b, m h, l) as u, final state or None.
+
+        rate: factor on the step size: 2.0 for a signal sampled half as often as in training
+        method: "conv", in parallel by FFT, or "step", the recurrence: the same numbers up to rounding
+        """
+        check_tensor("u", u, ("b", self.d_model, "l"))
+        require(method in ("conv", "step"), "method", method, "choose conv or step")
+        if state is not None:
+            self.check_state(state, u.shape[0])
+        run = self._conv if method == "conv" else self._steps
+        y, last = self._gated(lambda v: run(v, state, rate), u)
+        return y.to(u.dtype), last
+
+    def _gated(self, ssm, u: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+        """W_o((W_y SSM(GELU(W_u u))) * GELU(W_v u)) with those of the factors that the layer has."""
+        v = u if self.input_linear is None else nn.functional.gelu(channel_map(self.input_linear, u))
+        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # 16 bits would not do
+            y, last = ssm(v.to(self.dtype))
+        if self.input_gate is not None:
+            y = channel_map(self.output_gate, y) * nn.functional.gelu(channel_map(self.input_gate, u))
+        return y if self.output_linear is None else channel_map(self.output_linear, y), last
+
+    def _steps(self, u: Tensor, state: Optional[Tensor], rate: float) -> tuple[Tensor, Optional[Tensor]]:
+        """The recurrence (1) over a sequence, in double precision: rounding adds up over the steps."""
+        x = zero = self.initial_state(u.shape[0]) if state is None else state
+        outputs, discrete = [], self._discretize(rate)
+        for u_k in u.double().unbind(-1):
+            y_k, x = self._step(u_k[..., None], x, discrete)
+            outputs.append(y_k)
+        return torch.cat(outputs, -1), None if state is None else x.to(zero.dtype)
+
+    def _conv(self, u: Tensor, state: Optional[Tensor], rate: float) -> tuple[Tensor, Optional[Tensor]]:
+        """The convolution with K. A state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the final state."""
+        l, m = u.shape[-1], self.channels
+        K = self._kernels(l, rate)
+        forward = torch.cat([K[:m, :, :1] + self.D[..., None], K[:m, :, 1:]], -1)      # D u: an impulse at k = 0
+        y = fft_conv(u[:, None], forward)                                    # (b, m, h, l)
+        if self.bidirectional:
+            future = fft_conv(u.flip(-1)[:, None], K[m:]).flip(-1)           # sum_{j >= 0} K'_j u_{k+j}, ...
+            y = y + nn.functional.pad(future[..., 1:], (0, 1))               # ... one step later
+        if state is None:
+            return y.flatten(1, 2), None
+        d, x = self._discretize(rate), state
+        if self.mode == "diag":    # as a real system, so that one code serves both (s4d.py has a faster one)
+            d = Discrete(real_form(d.A_bar, d.A_bar[:0, None]), torch.cat([d.B_bar.real, d.B_bar.imag], -1),
+                         2 * torch.cat([d.C.real, -d.C.imag], -1))
+            x = torch.cat([x.real, x.imag], -1)
+        powers = [power.to(self.dtype) for power in squares(d.A_bar, l)]
+        B_bar, C, x = d.B_bar.to(self.dtype), d.C.transpose(0, 1).to(self.dtype), x.to(self.dtype)
+        y = y + output_of_state(C, powers, x)[..., :l]
+        last = advance(powers, x, l) + state_of_input(B_bar, powers, u)
+        return y.flatten(1, 2), last if self.mode == "nplr" else torch.complex(*last.chunk(2, -1))
+
+
+# ---- demo ----
+
+def demo(path: Optional[str] = None) -> None:
+    """Print how the modes agree and how long they take; draw the figure if a path is given."""
+    torch.manual_seed(0)
+    l, layer = 1024, S4(3, 64).requires_grad_(False)
+    layer.log_dt.copy_(torch.tensor([1e-3, 1e-2, 1e-1]).log())
+    t = torch.arange(l) / l
+    u = torch.sin(2 * math.pi * torch.tensor([[2.0], [3.0], [5.0]]) * (t + t ** 2))[None]       # (1, 3, l)
+
+    def chunks():
+        y, state = [], layer.initial_state(1)
+        for piece in u.split([100, 1, 411, 512], -1):
+            y_piece, state = layer(piece, state)
+            y.append(y_piece)
+        return torch.cat(y, -1)
+
+    runs = {"convolution": lambda: layer(u)[0],
+            "step by step": lambda: layer(u, method="step")[0],
+            "four chunks, state forwarded": chunks,
+            "every second sample, rate 2": lambda: layer(u[..., 1::2], rate=2.0)[0],
+            "every second sample, rate 1 (wrong)": lambda: layer(u[..., 1::2])[0]}
+    y, whole = {}, layer(u)[0]
+    print(f"{f'S4, h=3, n=64, l={l}':<36}{'difference':>12}{'time / ms':>12}")
+    for name, run in runs.items():
+        start = time.perf_counter()
+        y[name] = run()
+        duration = 1e3 * (time.perf_counter() - start)
+        error = (y[name] - (whole[..., 1::2] if "second" in name else whole)).abs().max() / whole.abs().max()
+        print(f"{name:<36}{error:12.1e}{duration:12.1f}")
+    if path is None:
+        return
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    disk, kernels, modes, rates = axes = list(figure.subplots(2, 2).flat)
+    disk.plot(torch.cos(2 * math.pi * t), torch.sin(2 * math.pi * t), color="0.7")
+    for dt, A_bar, K in zip(layer.log_dt.exp(), layer.discretize().A_bar, layer.kernel(l)):
+        disk.plot(A_bar.real, A_bar.imag, "o", ms=4, label=f"dt = {dt:.3f}")
+        kernels.plot(K / K.abs().max(), lw=1, label=f"dt = {dt:.3f}")
+    disk.set(title="Eigenvalues of A_bar in the unit disk", xlabel="Re A_bar", ylabel="Im A_bar", aspect=1)
+    kernels.set(title="Kernels, each scaled to 1", xlabel="step k", ylabel="K_k / max |K|")
+    modes.plot(u[0, 1], color="0.7", label="input u")
+    for (name, line), style in zip(y.items(), ("-", "--", ":", "--", ":")):
+        plot, step = (rates, 2) if "second" in name else (modes, 1)
+        plot.plot(range(step - 1, l, step), line[0, 1], style, lw=3, label=name)
+    rates.plot(whole[0, 1], color="0.7", label="all samples, rate 1")
+    modes.set(title="One output, three ways to compute it (dt = 0.010)", xlabel="step k", ylabel="u, y")
+    rates.set(title="Half the sampling frequency, no retraining", xlabel="step k", ylabel="y")
+    for ax in axes:
+        ax.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    print("wrote", path)
+
+
+if __name__ == "__main__":
+    demo(*sys.argv[1:2])
