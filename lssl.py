@@ -369,7 +369,8 @@ def demo(path: Optional[str] = None) -> None:
     axes = list(figure.subplots(2, 2).flat)
     steps = torch.arange(l, dtype=torch.float64)
     noise = torch.randn(l, dtype=torch.float64)
-    history = torch.fft.irfft(torch.fft.rfft(noise)[:14], l) * 30            # smooth: 13 oscillations
+    history = torch.fft.irfft(torch.fft.rfft(noise)[:9], l)                  # smooth: up to 8 oscillations
+    history = history / history.std()
     for row, (measure, dt) in enumerate([("legt", 1 / 600), ("legs", 1 / 300)]):
         ax, basis = axes[2 * row:2 * row + 2]
         ax.plot(history, color="0.7", lw=4, label="signal u")
@@ -379,7 +380,7 @@ def demo(path: Optional[str] = None) -> None:
             s = torch.arange(600 if measure == "legt" else l, dtype=torch.float64) * dt
             past = reconstruct(measure, state[0, 0].detach(), s)
             ax.plot(l - 1 - s / dt, past, lw=1.5, label=f"from the last state, n = {n}")
-        ax.set(ylim=(-4, 4), xlabel="step k", ylabel="u",
+        ax.set(ylim=(-3, 3), xlabel="step k", ylabel="u",
                title=f"What the state remembers: {'LegT, a window of 600' if row == 0 else 'LegS, fading with 300'} steps")
         for i in range(4):
             one = nn.functional.one_hot(torch.tensor(i), 4).double()

@@ -203,7 +203,7 @@ def discretize_dss(Lambda: Tensor, W: Tensor, dt: Tensor, rate: float, l_max: in
 
 
 class Discrete(NamedTuple):
-    """The recurrence (1). nplr: A_bar (h, n, n), B_bar (h, n), C (m, h, n) real; diag: n/2 complex numbers each."""
+    """The recurrence (1). nplr: A_bar (h, n, n), B_bar (h, n), C (m, h, n) real; diag: complex, n/2, C with the factor 2."""
     A_bar: Tensor
     B_bar: Tensor
     C: Tensor
@@ -243,7 +243,7 @@ def nplr_kernel(Lambda: Tensor, B: Tensor, P: Tensor, C: Tensor, dt: Tensor, l: 
 
 
 def diagonal_kernel(A_bar: Tensor, CB: Tensor, l: int) -> Tensor:
-    """2 Re sum_n CB_n A_bar_n^k by two digits of k, as s4d.py explains: (h, n), (m, h, n) -> (m, h, l) float64."""
+    """Re sum_n CB_n A_bar_n^k by two digits of k, as s4d.py explains: (h, n), (m, h, n) -> (m, h, l) float64."""
     def powers(a, count):                          # a^0, a^1, ..., a^(count - 1): (h, count, n)
         p = torch.ones_like(a)[:, None]
         while p.shape[1] < count:
@@ -252,7 +252,7 @@ def diagonal_kernel(A_bar: Tensor, CB: Tensor, l: int) -> Tensor:
 
     T = math.isqrt(l - 1) + 1
     low = powers(A_bar, T)
-    high = 2 * CB[:, :, None] * powers(low[:, -1] * A_bar, -(-l // T))       # (m, h, J, n)
+    high = CB[:, :, None] * powers(low[:, -1] * A_bar, -(-l // T))       # (m, h, J, n)
     return (high @ low.mT).real.flatten(2)[..., :l]
 
 
@@ -440,10 +440,9 @@ class S4(nn.Module):
             solved = torch.linalg.solve(identity - half, torch.cat([identity + half, B[..., None]], -1))
             return Discrete(solved[..., :-1], solved[..., -1], 2 * torch.cat([C.real, -C.imag], -1))
         dt = dt[:, None]
-        if self.disc == "dss":     # dss.py derives it; 1/2 because DSS adds up n/2 single states, not pairs
-            B_bar, C = discretize_dss(Lambda, B * C / 2, dt / rate, rate, self.l_max)
-            return Discrete(torch.exp(dt * Lambda), B_bar, C)
-        return Discrete(*(discretize_zoh if self.disc == "zoh" else discretize_bilinear)(Lambda, B, dt), C)
+        if self.disc == "dss":     # dss.py derives it; no factor 2, because DSS has single states, not pairs
+            return Discrete(torch.exp(dt * Lambda), *discretize_dss(Lambda, B * C, dt / rate, rate, self.l_max))
+        return Discrete(*(discretize_zoh if self.disc == "zoh" else discretize_bilinear)(Lambda, B, dt), 2 * C)
 
     def discretize(self, rate: float = 1.0) -> Discrete:
         """A_bar, B_bar and C of the recurrence (1) at step size rate * dt."""
@@ -507,7 +506,7 @@ class S4(nn.Module):
             y = torch.einsum("mhn,bhn->bmh", d.C, x)
         else:
             x = d.A_bar * x.to(d.A_bar.dtype) + d.B_bar * u
-            y = 2 * torch.einsum("mhn,bhn->bmh", d.C, x).real
+            y = torch.einsum("mhn,bhn->bmh", d.C, x).real
         return (y + self.D * u[:, None, :, 0]).flatten(1)[..., None], x.to(d.A_bar.dtype)
 
     def forward(self, u: Tensor, state: Optional[Tensor] = None, *, rate: float = 1.0,
@@ -557,7 +556,7 @@ class S4(nn.Module):
         d, x = self._discretize(rate), state
         if self.mode == "diag":    # as a real system, so that one code serves both (s4d.py has a faster one)
             d = Discrete(real_form(d.A_bar, d.A_bar[:0, None]), torch.cat([d.B_bar.real, d.B_bar.imag], -1),
-                         2 * torch.cat([d.C.real, -d.C.imag], -1))
+                         torch.cat([d.C.real, -d.C.imag], -1))
             x = torch.cat([x.real, x.imag], -1)
         powers = [power.to(self.dtype) for power in squares(d.A_bar, l)]
         B_bar, C, x = d.B_bar.to(self.dtype), d.C.transpose(0, 1).to(self.dtype), x.to(self.dtype)

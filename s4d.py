@@ -31,7 +31,7 @@ exponential. The bilinear transform belongs to a dense A, whose exponential is e
 
 The fast kernel. Write time with two digits, k = jT + i, T about sqrt(l). Then A_bar^k = A_bar^{jT} A_bar^i:
 
-    K_{jT+i} = 2 Re sum_n (C_n B_bar_n A_bar_n^{jT}) (A_bar_n^i)                                      (4)
+    K_{jT+i} = Re sum_n (2 C_n B_bar_n A_bar_n^{jT}) (A_bar_n^i)                                      (4)
 
 is one product of two small matrices, from n (T + l/T) powers instead of n l. They are computed in double
 precision, because A_bar^k multiplies the rounding of A_bar by k. The same two digits turn a state into its
@@ -160,7 +160,7 @@ DISCRETIZATIONS = {"zoh": discretize_zoh, "bilinear": discretize_bilinear}
 
 
 class Discrete(NamedTuple):
-    """The matrices of the recurrence (2), each (h, n/2) complex."""
+    """The matrices of the recurrence (2), each (h, n/2) complex; y = Re(C x), so C holds the factor 2."""
     A_bar: Tensor
     B_bar: Tensor
     C: Tensor
@@ -189,14 +189,14 @@ def as_real(z: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def ssm_kernel(d: Discrete, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
-    """Equation (4): the kernel (3), (h, JT)."""
-    high = high * (2 * d.C * d.B_bar)[:, None]
+    """K_{jT+i} = Re sum_n (C_n B_bar_n A_bar_n^{jT}) (A_bar_n^i): (h, JT)."""
+    high = high * (d.C * d.B_bar)[:, None]
     return (as_real(high, dtype) @ as_real(low.conj_physical(), dtype).mT).flatten(1)
 
 
 def output_of_state(d: Discrete, low: Tensor, high: Tensor, x: Tensor) -> Tensor:
-    """What the state x (b, h, n) adds to the next outputs: 2 Re sum_n C_n A_bar_n^{k+1} x_n, (b, h, JT)."""
-    x = x[:, :, None] * (high * (2 * d.C * d.A_bar)[:, None]).to(x.dtype)    # (b, h, J, n)
+    """What the state x (b, h, n) adds to the next outputs: Re sum_n C_n A_bar_n^{k+1} x_n, (b, h, JT)."""
+    x = x[:, :, None] * (high * (d.C * d.A_bar)[:, None]).to(x.dtype)        # (b, h, J, n)
     x, low = as_real(x, x.real.dtype), as_real(low.conj_physical(), x.real.dtype)
     return torch.einsum("bhjn,hin->bhji", x, low).flatten(-2)
 
@@ -271,7 +271,7 @@ class S4D(nn.Module):
         dt = rate * self.log_dt.double().exp()[:, None]
         A = torch.complex(-REAL_TYPES[self.real_type][0](self.log_A_real.double()), self.A_imag.double())
         B = torch.ones_like(A) if self.B is None else torch.view_as_complex(self.B.double())
-        return Discrete(*DISCRETIZATIONS[self.disc](A, B, dt), torch.view_as_complex(self.C.double()))
+        return Discrete(*DISCRETIZATIONS[self.disc](A, B, dt), 2 * torch.view_as_complex(self.C.double()))
 
     def discretize(self, rate: float = 1.0) -> Discrete:
         """A_bar, B_bar and C of the recurrence (2) at step size rate * dt."""
@@ -303,7 +303,7 @@ class S4D(nn.Module):
         self.check_state(state, u.shape[0])
         A_bar, B_bar, C = self.discretize(rate) if discrete is None else discrete
         x = A_bar * state + B_bar * u[..., None]
-        y = 2 * (C * x).real.sum(-1) + self.D * u
+        y = (C * x).real.sum(-1) + self.D * u
         return y.to(u.dtype), x.to(A_bar.dtype)
 
     def forward(self, u: Tensor, state: Optional[Tensor] = None, *, rate: float = 1.0,

@@ -58,16 +58,34 @@ def s4_case(name, **options):
         return simulate(p, u, x, rate, **arguments)
 
     def gated(p, u, x, rate):
-        return oracle.gss(u, lambda v: ssm(p, v, x, rate), *(
-            (p[f"{name}.weight"], p[f"{name}.bias"]) if f"{name}.weight" in p else None
-            for name in ("input_gate", "input_linear", "output_gate", "output_linear")))
+        return oracle.gss(u, lambda v: ssm(p, v, x, rate), *projections(p))
 
     h = options.pop("h", 3)
-    return Case(name, "s4", "S4", options, gated if {"gate", "bottleneck"} & set(options) else ssm, h=h)
+    return Case(name, "s4", "S4", options, gated if {"gate", "bottleneck"} & set(options) else ssm, h=h, has_kernel=not {"gate", "bottleneck"} & set(options))
 
 
 def lssl_case(name, **options):
     return Case(name, "lssl", "LSSL", options, lambda p, u, x, rate: oracle.lssl(p, u, x, rate, options.get("alpha", 0.5)))
+
+
+def dss_case(name, prepare=lambda layer: None, **options):
+    version, l_max = options.get("version", "softmax"), options.get("l_max")
+    return Case(name, "dss", "DSS", options, lambda p, u, x, rate: oracle.dss(p, u, x, rate, version, l_max),
+                prepare=prepare)
+
+
+def projections(p):
+    """The four linear maps of a gated block for oracle.gss, None where the block has none."""
+    return [(p[f"{name}.weight"], p[f"{name}.bias"]) if f"{name}.weight" in p else None
+            for name in ("input_gate", "input_linear", "output_gate", "output_linear")]
+
+
+def gss_case(name, **options):
+    def simulate(p, u, x, rate):     # DSS without conjugates is S4D with pairs, if C counts half
+        pairs = p | {"C": p["C"] / 2}
+        return oracle.gss(u, lambda v: oracle.s4d(pairs, v, x, rate), *projections(p))
+
+    return Case(name, "gss", "GSS", options, simulate, h=4, has_kernel=False)
 
 
 CASES = [
@@ -76,6 +94,14 @@ CASES = [
     s4d_case("s4d-legs-B", measure="diag-legs", train_B=True, real_type="softplus"),
     s4d_case("s4d-real-relu", measure="diag-real", real_type="relu", real_random=True),
     s4d_case("s4d-quad-none", measure="diag-quad", real_type="none", imag_random=True),
+    dss_case("dss", l_max=1000),
+    dss_case("dss-growing", l_max=1000, prepare=lambda layer: layer.Lambda_re.copy_(torch.linspace(-1, 0.4, 8))),
+    dss_case("dss-exp", version="exp"),
+    gss_case("gss"),
+    gss_case("gss-plain", gate=False, bottleneck=1, measure="diag-lin", train_B=True, train_dt=True, dt_min=1e-3,
+             dt_max=0.1),
+    s4_case("s4-gss", mode="diag", measure="diag-rand", gate=4, bottleneck=2, dt_min=1.0, dt_max=1.0, h=4),
+    s4_case("s4-bottleneck", bottleneck=2, channels=2, h=4),
     lssl_case("lssl"),
     lssl_case("lssl-legt-euler", measure="legt", alpha=1.0, channels=2, train_A="shared", train_dt=True),
     lssl_case("lssl-each", alpha=0.7, train_A="each", train_dt=True),

@@ -372,12 +372,14 @@ def gss(u, ssm, to_gate, to_ssm, from_ssm, out):
     """Gated state space block (Mehta et al., 2022) around an inner SSM, without norm and residual.
 
     v = gelu(to_gate u), w = gelu(to_ssm u), (y, state) = ssm(w), result = out(v * from_ssm(y)).
+    to_gate None: no gate, result = out(y). to_ssm None: no bottleneck, w = u.
     ssm: function (b, h', l) -> (y (b, h', l), state), such as `lambda w: s4d(p, w, state)`; the others are
     pairs (weight (q, h), bias (q) or None). Returns (b, h, l), state.
     """
-    v = gelu(linear(u, *to_gate))
-    y, state = ssm(gelu(linear(u, *to_ssm)))
-    return linear(v * linear(y, *from_ssm), *out), state
+    y, state = ssm(u if to_ssm is None else gelu(linear(u, *to_ssm)))
+    if to_gate is not None:
+        y = gelu(linear(u, *to_gate)) * linear(y, *from_ssm)
+    return linear(y, *out), state
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_s4d(disc):
                            log_A_real=np.log(-g["A"].real), B=pair(g["B"]), C=pair(g["C"]), D=g["D"])
     check(layer, g)
     A_bar, B_bar, C = layer.discretize()
-    assert error(A_bar, g["dA"]) <= 1e-12 and error(B_bar, g["dB"]) <= 1e-12 and error(C, g["C"]) <= 1e-12
+    assert error(A_bar, g["dA"]) <= 1e-12 and error(B_bar, g["dB"]) <= 1e-12 and error(C, 2 * g["C"]) <= 1e-12
 
 
 def test_s4d_minimal():
