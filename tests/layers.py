@@ -88,6 +88,13 @@ def gss_case(name, **options):
     return Case(name, "gss", "GSS", options, simulate, h=4, has_kernel=False)
 
 
+def s5_case(name, **options):
+    arguments = {k: options[k] for k in ("disc", "conj_sym", "clip_eigs", "bidirectional") if k in options}
+    rescale = options.get("step_rescale", 1.0)
+    return Case(name, "s5", "S5", options, lambda p, u, x, rate: oracle.s5(p, u, x, rate * rescale, **arguments),
+                methods=("scan", "conv", "step"), has_kernel=False, has_state="bidirectional" not in options)
+
+
 CASES = [
     s4d_case("s4d"),
     s4d_case("s4d-bilinear", disc="bilinear", measure="diag-inv"),
@@ -102,6 +109,10 @@ CASES = [
              dt_max=0.1),
     s4_case("s4-gss", mode="diag", measure="diag-rand", gate=4, bottleneck=2, dt_min=1.0, dt_max=1.0, h=4),
     s4_case("s4-bottleneck", bottleneck=2, channels=2, h=4),
+    s5_case("s5"),
+    s5_case("s5-bilinear-blocks", disc="bilinear", blocks=2, clip_eigs=True, step_rescale=0.5),
+    s5_case("s5-no-pairs", conj_sym=False, C_init="complex_normal"),
+    s5_case("s5-bidirectional", bidirectional=True, C_init="trunc_standard_normal"),
     lssl_case("lssl"),
     lssl_case("lssl-legt-euler", measure="legt", alpha=1.0, channels=2, train_A="shared", train_dt=True),
     lssl_case("lssl-each", alpha=0.7, train_A="each", train_dt=True),

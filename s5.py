@@ -1,0 +1,442 @@
+"""S5, one state space system for all features: many inputs, many outputs, and a scan.
+
+    Smith, Warrington, Linderman: Simplified State Space Layers for Sequence Modeling (2022), arXiv 2208.04933
+
+`python s5.py` checks all modes against each other, `python s5.py figures/s5.png` draws the figure.
+
+The model. All h features u(t) together drive one system with n states,
+
+    x'(t) = Lambda x(t) + B u(t),     y(t) = C x(t) + D u(t),                                         (1)
+
+with a diagonal Lambda. Sampled with one step size for each state, this becomes the recurrence
+
+    x_k = A_bar x_{k-1} + B_bar u_k,     y_k = C x_k + D u_k.                                         (2)
+
+What was wrong before. S4 and its relatives run h separate systems with n states each, mix the features only
+afterwards, and convolve with h kernels of the length of the sequence. S5 has one system: the mixing is in B and C,
+the state has n numbers instead of h n, and (2) itself runs in parallel.
+
+Why a scan? With many inputs the kernel is an (h, h) matrix for each lag, so a convolution does not pay. But (2) is
+associative: two steps in a row, x -> a x + v and then x -> a' x + v', are one, x -> a'a x + (a' v + v'). So steps can
+be combined in any order, in a tree of depth log2(l) ("associative scan"). A tree reads and writes all of
+memory at each of its levels. Two levels are enough here: cut time into blocks of about sqrt(l) steps and run the
+plain recurrence in all blocks at once. That is 3 sqrt(l) steps, each of them wide, and two passes over memory.
+
+Why complex, and why 2 Re? As in s4d.py: eigenvalues of a real system come in conjugate pairs, of which p = n/2 are
+kept (conj_sym=True). With conj_sym=False all p = n are kept, and y = Re(C x).
+
+Initialization. Lambda are the eigenvalues of the normal part of HiPPO-LegS, of size n / blocks, once for each block;
+B and C are random in the original basis and rotated into the eigenvectors V: V^-1 B, C V (paper, section 4).
+
+Free-running dynamics, without input, from a state (b, p):
+
+    y, last = layer(torch.zeros(b, h, n_steps), state)
+
+What is trained: Lambda, B, C, D and log_step (one step size per state).
+
+Symbols: b batch, h features (d_model), n states (d_state), p stored complex states, l length; u, y (b, h, l);
+x (b, p) complex; Lambda, A_bar, dt (p); B, B_bar (p, h); C (h, p); D (h).
+"""
+
+import math
+import sys
+import time
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+
+
+# ---- arguments ----
+
+def require(ok: bool, name: str, value, remedy: str) -> None:
+    """Raise a ValueError that names the argument, the value received and the remedy."""
+    if not ok:
+        raise ValueError(f"{name} = {value!r}: {remedy}")
+
+
+def check_number(name: str, value, kind: type = float, even: bool = False) -> None:
+    """value must be a positive, finite number; with kind=int a whole one."""
+    ok = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
+    require(ok and not (even and value % 2), name, value, f"pass a positive{' even' * even} {kind.__name__}")
+
+
+def check_tensor(name: str, x, shape: tuple, kind: str = "floating_point") -> None:
+    """x must be a tensor of this kind and shape, in which a letter stands for any size from 1 up."""
+    ok = isinstance(x, Tensor) and getattr(x, f"is_{kind}")() and x.ndim == len(shape)
+    ok = ok and all(got > 0 if isinstance(want, str) else got == want for got, want in zip(x.shape, shape))
+    got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else x
+    require(ok, name, got, f"pass a {kind.replace('_', ' ')} tensor ({', '.join(map(str, shape))})")
+
+
+def learning_rates(layer: nn.Module, lr, names: dict) -> dict:
+    """{parameter: learning rate} for lr = one rate, a dict by short name (1e-3 if left out) or None (empty).
+
+    names: {short name: its parameters}. The rate 0.0 freezes a parameter.
+    """
+    rates = {} if lr is None else dict.fromkeys(names, 1e-3 if isinstance(lr, dict) else lr)
+    rates |= lr if isinstance(lr, dict) else {}
+    for short, rate in rates.items():
+        ok = short in names and isinstance(rate, (int, float)) and 0 <= rate < math.inf
+        require(ok, "lr", lr, f"pass None, a rate >= 0, or a dict of such rates for {', '.join(names)}")
+    found = {name: rate for short, rate in rates.items() for name in names[short]}
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(found.get(name, 1.0) > 0)
+    return {name: float(found[name]) for name, _ in layer.named_parameters() if name in found}
+
+
+# ---- the matrix A ----
+
+def make_HiPPO(n: int) -> Tensor:
+    """HiPPO-LegS, -sqrt((2i+1)(2j+1)) for i > j and -(i+1) for i = j: (n, n), float64 (paper, eq. 7)."""
+    i = torch.arange(n, dtype=torch.float64)
+    root = torch.sqrt(2 * i + 1)
+    return -torch.tril(torch.outer(root, root), -1) - torch.diag(i + 1)
+
+
+def make_NPLR_HiPPO(n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """HiPPO-LegS A (n, n), its low-rank correction P (n) and input matrix B (n): A + P P^T is normal."""
+    i = torch.arange(n, dtype=torch.float64)
+    return make_HiPPO(n), torch.sqrt(i + 0.5), torch.sqrt(2 * i + 1)
+
+
+def make_DPLR_HiPPO(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Lambda (n), P (n), B (n) in the basis of the eigenvectors V (n, n) of A + P P^T, and B before: complex128.
+
+    A + P P^T = -1/2 + S, S skew-symmetric, so i S is Hermitian. Lambda is in the order of ascending Im Lambda.
+    """
+    A, P, B = make_NPLR_HiPPO(n)
+    normal = A + torch.outer(P, P)
+    imag, V = torch.linalg.eigh(-1j * (normal - normal.mT) / 2)
+    Lambda = torch.complex(normal.diagonal().mean().expand(n), imag)
+    return Lambda, V.mH @ P.to(V.dtype), V.mH @ B.to(V.dtype), V, B
+
+
+def initial_C(C_init: str, h: int, V: Tensor) -> Tensor:
+    """C V (h, p) for V (n, p): entries of C of variance 1/n (lecun_normal) or 1, cut at two standard deviations
+    (trunc_standard_normal). complex_normal draws C V itself, with variance 1.
+    """
+    n, p = V.shape
+    if C_init == "complex_normal":
+        return torch.randn(h, p, dtype=V.dtype)
+    C = torch.randn(2, h, n, dtype=torch.float64) / n ** 0.5
+    if C_init == "trunc_standard_normal":
+        C = nn.init.trunc_normal_(C, a=-2.0, b=2.0)
+    return torch.complex(*C) @ V
+
+
+C_INITS = ("lecun_normal", "trunc_standard_normal", "complex_normal")
+
+
+# ---- from (1) to (2) ----
+
+def phi(z: Tensor) -> Tensor:
+    """(exp(z) - 1) / z, which is 1 at z = 0. Near 0 the difference would cancel: there its Taylor series."""
+    small = z.abs() < 1e-3
+    series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5)))
+    z = torch.where(small, 1, z)             # keeps the gradient of the branch that is not taken finite
+    return torch.where(small, series, (z.exp() - 1) / z)
+
+
+def discretize_zoh(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero-order hold: A_bar = exp(dt A), B_bar = A^-1 (exp(dt A) - 1) B."""
+    return torch.exp(dt * A), dt * phi(dt * A) * B
+
+
+def discretize_bilinear(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Bilinear transform: A_bar = (1 + dt A / 2) / (1 - dt A / 2), B_bar = dt B / (1 - dt A / 2)."""
+    return (1 + dt * A / 2) / (1 - dt * A / 2), dt * B / (1 - dt * A / 2)
+
+
+DISCRETIZATIONS = {"zoh": discretize_zoh, "bilinear": discretize_bilinear}
+
+
+class Discrete(NamedTuple):
+    """The recurrence (2): A_bar (p), B_bar (p, h), C (h, p), complex; y = Re(C x), so C holds the factor 2."""
+    A_bar: Tensor
+    B_bar: Tensor
+    C: Tensor
+
+
+# ---- the scan ----
+
+def as_real(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """Re z_1, Im z_1, Re z_2, ..., (.., n) -> (.., 2n): Re sum_n v_n w_n = as_real(v) . as_real(conj w)."""
+    return torch.view_as_real(z.to(dtype.to_complex())).flatten(-2)
+
+
+def to_blocks(u: Tensor) -> Tensor:
+    """(b, h, l) -> (T, J, b, h) with time k = jT + i, i < T, and T about sqrt(l); zeros after the end."""
+    l = u.shape[-1]
+    T = math.isqrt(l - 1) + 1
+    J = -(-l // T)
+    return nn.functional.pad(u, (0, J * T - l)).unflatten(-1, (J, T)).permute(3, 2, 0, 1)
+
+
+def scan_in_place(v: Tensor, a: Tensor, x: Tensor, reverse: bool = False) -> None:
+    """Replace v_k by x_k = a x_{k-1} + v_k, or with reverse by x_k = a x_{k+1} + v_k: v (T, J, b, p), x (b, p).
+
+    Two levels: the end of each block if it started from 0, then the true starts of the blocks one after another,
+    then all blocks again from there. Each of the T + J + T steps works on all blocks, or on all of a start, at once.
+    """
+    rows, blocks = v.unbind(0), range(v.shape[1])
+    if reverse:
+        rows, blocks = rows[::-1], blocks[::-1]
+    a, a_T = a.to(v.dtype), a.expand(len(v), -1).prod(0).to(v.dtype)         # a^T in double precision
+    ends = rows[0]
+    for row in rows[1:]:
+        ends = torch.addcmul(row, ends, a)
+    starts = torch.empty_like(ends)
+    for j in blocks:
+        starts[j] = x
+        x = torch.addcmul(ends[j], x, a_T)
+    for row in rows:
+        starts = row.addcmul_(starts, a)
+
+
+class Scan(torch.autograd.Function):
+    """x_k = a x_{k-1} + v_k over v (T, J, b, p), which it overwrites; a (p) complex128, x_{-1} = x0 (b, p).
+
+    Gradient: with g_k = dL/dx_k and w_k = conj(dL/dv_k), the adjoint recurrence w_k = a w_{k+1} + conj(g_k) is the
+    same scan backwards in time; dL/da = conj(sum_k x_{k-1} w_k), dL/dx0 = conj(a w_0).
+    """
+
+    @staticmethod
+    def forward(ctx, v, a, x0):
+        scan_in_place(v, a, x0)
+        ctx.mark_dirty(v)
+        ctx.save_for_backward(v, a, x0)
+        return v
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, a, x0 = ctx.saved_tensors
+        w = torch.empty_like(x).copy_(g).conj_physical_()
+        scan_in_place(w, a, torch.zeros_like(x0), reverse=True)
+        previous, total = torch.cat([x0[None], x[-1, :-1]]), torch.zeros_like(x[0])
+        for x_row, w_row in zip(x, w):
+            total.addcmul_(previous, w_row)
+            previous = x_row
+        grad_a = torch.view_as_real(total).sum((0, 1))
+        grad_x0 = (a.to(w.dtype) * w[0, 0]).conj()
+        return w.conj_physical_(), torch.view_as_complex(grad_a).conj().to(a.dtype), grad_x0
+
+
+def power_series(a: Tensor, count: int) -> Tensor:
+    """a^0, a^1, ..., a^(count - 1), by doubling: (p) -> (p, count)."""
+    p = torch.ones_like(a)[:, None]
+    while p.shape[1] < count:
+        p = torch.cat([p, p * (p[:, -1:] * a[:, None])], 1)
+    return p[:, :count]
+
+
+# ---- the layer ----
+
+class S5(nn.Module):
+    """Multi-input multi-output state space layer (b, h, l) -> (b, h, l): the SSM with D, no activation.
+
+    d_model, d_state: number of features h; number of states n of the one system
+    blocks: number of HiPPO blocks of the initial Lambda, a divisor of n
+    C_init: "lecun_normal", "trunc_standard_normal" or "complex_normal" (see initial_C)
+    disc: discretization, "zoh" or "bilinear"
+    conj_sym: keep one of each conjugate pair (n / blocks even), or all n as independent complex states
+    clip_eigs: use min(Re Lambda, -1e-4), so that training cannot make the system unstable
+    bidirectional: add C' x' with x'_k = A_bar x'_{k+1} + B_bar u_k, a scan from the end; no state and no step then
+    step_rescale: a constant factor on rate
+    dt_min, dt_max: the step sizes start log-uniform in between, in the unit of time in which Lambda is written
+    lr: learning rates of dt, A (Lambda) and B for the optimizer, recorded in `ssm_lr` (see learning_rates)
+    Raises ValueError for any other value.
+    """
+
+    def __init__(self, d_model: int, d_state: int = 64, *, blocks: int = 1, C_init: str = "lecun_normal",
+                 disc: str = "zoh", conj_sym: bool = True, clip_eigs: bool = False, bidirectional: bool = False,
+                 step_rescale: float = 1.0, dt_min: float = 1e-3, dt_max: float = 1e-1, lr=1e-3):
+        super().__init__()
+        check_number("d_model", d_model, int)
+        check_number("d_state", d_state, int, even=conj_sym)
+        check_number("blocks", blocks, int)
+        check_number("step_rescale", step_rescale)
+        check_number("dt_min", dt_min)
+        check_number("dt_max", dt_max)
+        require(dt_min <= dt_max, "dt_max", dt_max, f"pass at least dt_min = {dt_min}")
+        require(C_init in C_INITS, "C_init", C_init, f"choose one of {', '.join(C_INITS)}")
+        require(disc in DISCRETIZATIONS, "disc", disc, f"choose one of {', '.join(DISCRETIZATIONS)}")
+        size = d_state // blocks
+        ok = size * blocks == d_state and not (conj_sym and size % 2)
+        require(ok, "blocks", blocks, f"pass a divisor of d_state = {d_state}, with an even quotient if conj_sym")
+        self.d_model, self.d_state, self.disc, self.step_rescale = d_model, d_state, disc, step_rescale
+        self.conj_sym, self.clip_eigs, self.bidirectional = bool(conj_sym), bool(clip_eigs), bool(bidirectional)
+        Lambda, _, _, V, _ = make_DPLR_HiPPO(size)
+        if conj_sym:
+            Lambda, V = Lambda[:size // 2], V[:, :size // 2]                 # Im Lambda < 0
+        Lambda, V = Lambda.repeat(blocks), torch.block_diag(*[V] * blocks)
+        B = V.mH @ (torch.randn(d_state, d_model, dtype=torch.float64) / d_model ** 0.5).to(V.dtype)
+        C = torch.cat([initial_C(C_init, d_model, V) for _ in range(1 + self.bidirectional)], 1)
+        dtype, p = torch.get_default_dtype(), len(Lambda)
+        self.log_step = nn.Parameter(math.log(dt_min) + torch.rand(p) * math.log(dt_max / dt_min))
+        self.Lambda_re, self.Lambda_im = nn.Parameter(Lambda.real.to(dtype)), nn.Parameter(Lambda.imag.to(dtype))
+        self.B = nn.Parameter(torch.view_as_real(B).to(dtype))
+        self.C = nn.Parameter(torch.view_as_real(C).to(dtype))
+        self.D = nn.Parameter(torch.randn(d_model))
+        names = {"dt": ["log_step"], "A": ["Lambda_re", "Lambda_im"], "B": ["B"]}
+        self.ssm_lr = learning_rates(self, lr, names)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The real dtype of the computation: that of the parameters, float32 at least."""
+        return torch.promote_types(self.D.dtype, torch.float32)
+
+    def _discretize(self, rate: float) -> Discrete:
+        """discretize() in double precision, for the powers of A_bar."""
+        check_number("rate", rate)
+        dt = rate * self.step_rescale * self.log_step.double().exp()
+        real = self.Lambda_re.double()
+        Lambda = torch.complex(real.clamp(max=-1e-4) if self.clip_eigs else real, self.Lambda_im.double())
+        B, C = torch.view_as_complex(self.B.double()), torch.view_as_complex(self.C.double())
+        A_bar, B_bar = DISCRETIZATIONS[self.disc](Lambda[:, None], B, dt[:, None])
+        return Discrete(A_bar[:, 0], B_bar, 2 * C if self.conj_sym else C)
+
+    def discretize(self, rate: float = 1.0) -> Discrete:
+        """A_bar, B_bar and C of the recurrence (2) at step size rate * step_rescale * dt."""
+        self.check_causal()
+        return Discrete(*(matrix.to(self.dtype.to_complex()) for matrix in self._discretize(rate)))
+
+    def check_causal(self) -> None:
+        """A bidirectional layer reads the whole sequence, so that it has no state."""
+        require(not self.bidirectional, "state", "bidirectional=True", "a layer with state or step needs False")
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        """x_{-1} = 0, (b, p) complex."""
+        self.check_causal()
+        check_number("batch_size", batch_size, int)
+        return torch.zeros(batch_size, len(self.B), dtype=self.dtype.to_complex(), device=self.D.device)
+
+    def check_state(self, state: Tensor, b: int) -> None:
+        """state must be complex (b, p)."""
+        self.check_causal()
+        check_tensor("state", state, (b, len(self.B)), "complex")
+
+    def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0,
+             discrete: Optional[Discrete] = None) -> tuple[Tensor, Tensor]:
+        """One step of the recurrence (2): u (b, h), state (b, p) -> y (b, h) and the next state.
+
+        discrete: what discretize(rate) returned, to reuse it for many steps; rate is then ignored.
+        """
+        check_tensor("u", u, ("b", self.d_model))
+        self.check_state(state, u.shape[0])
+        return self._step(u, state, self.discretize(rate) if discrete is None else discrete)
+
+    def _step(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
+        """The recurrence (2) as it stands."""
+        x = d.A_bar * x.to(d.A_bar.dtype) + u.to(d.B_bar.dtype) @ d.B_bar.mT
+        return ((x @ d.C.mT).real + self.D * u).to(u.dtype), x
+
+    def forward(self, u: Tensor, state: Optional[Tensor] = None, *, rate: float = 1.0,
+                method: str = "scan") -> tuple[Tensor, Optional[Tensor]]:
+        """A sequence: u (b, h, l), state (b, p) or None -> y (b, h, l) as u, final state or None.
+
+        rate: factor on the step size: 2.0 for a signal sampled half as often as in training
+        method: "scan" or "conv", in parallel, or "step", the recurrence: the same numbers up to rounding
+        """
+        check_tensor("u", u, ("b", self.d_model, "l"))
+        require(method in ("scan", "conv", "step"), "method", method, "choose scan, conv or step")
+        if state is not None:
+            self.check_state(state, u.shape[0])
+        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # 16 bits would not do
+            run = {"scan": self._scan, "conv": self._conv, "step": self._steps}[method]
+            d, zero = self._discretize(rate), u.new_zeros(len(u), len(self.B), dtype=self.dtype.to_complex())
+            past, future = d.C[:, :len(self.B)], d.C[:, len(self.B):]
+            y, last = run(u.to(self.dtype), zero if state is None else state.to(zero.dtype), d._replace(C=past))
+            if self.bidirectional:
+                reverse, _ = run(u.to(self.dtype).flip(-1), zero, d._replace(C=future))
+                y = y + reverse.flip(-1) - self.D[:, None] * u               # both have added D u
+        return y.to(u.dtype), None if state is None else last.to(zero.dtype)
+
+    def _steps(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
+        """The recurrence (2) as it stands, in double precision: rounding adds up over the steps."""
+        outputs = []
+        for u_k in u.double().unbind(-1):
+            y_k, x = self._step(u_k, x, d)
+            outputs.append(y_k)
+        return torch.stack(outputs, -1), x
+
+    def _scan(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
+        """B_bar u, the scan in two levels, C x; both products as real matrix products."""
+        l, u = u.shape[-1], to_blocks(u)                                     # (T, J, b, h)
+        v = torch.view_as_complex((u @ as_real(d.B_bar.mT, u.dtype)).unflatten(-1, (-1, 2)))
+        x = Scan.apply(v, d.A_bar, x)                                        # (T, J, b, p)
+        y = as_real(x, u.dtype) @ as_real(d.C.conj_physical(), u.dtype).mT + self.D * u
+        return y.permute(2, 3, 1, 0).flatten(2)[..., :l], x[(l - 1) % len(x), -1]
+
+    def _conv(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
+        """The same by FFT: each state convolves its input B_bar u with the powers A_bar^k."""
+        l = u.shape[-1]
+        size = min(m << ((2 * l - 2) // m).bit_length() for m in (1, 3, 5))
+        v = torch.complex(d.B_bar.real.to(u.dtype) @ u, d.B_bar.imag.to(u.dtype) @ u)        # (b, p, l)
+        v = torch.cat([v[..., :1] + (d.A_bar.to(v.dtype) * x)[..., None], v[..., 1:]], -1)   # x_{-1} enters v_0
+        K = power_series(d.A_bar, l).to(v.dtype)
+        x = torch.fft.ifft(torch.fft.fft(v, size) * torch.fft.fft(K, size))[..., :l]
+        y = d.C.real.to(u.dtype) @ x.real - d.C.imag.to(u.dtype) @ x.imag
+        return y + self.D[:, None] * u, x[..., -1]
+
+
+# ---- demo ----
+
+def demo(path: Optional[str] = None) -> None:
+    """Print how the modes agree and how long they take; draw the figure if a path is given."""
+    torch.manual_seed(0)
+    l, layer = 1024, S5(3, 64).requires_grad_(False)
+    t = torch.arange(l) / l
+    u = torch.sin(2 * math.pi * torch.tensor([[2.0], [3.0], [5.0]]) * (t + t ** 2))[None]       # (1, 3, l)
+
+    def chunks():
+        y, state = [], layer.initial_state(1)
+        for piece in u.split([100, 1, 411, 512], -1):
+            y_piece, state = layer(piece, state)
+            y.append(y_piece)
+        return torch.cat(y, -1)
+
+    runs = {"scan": lambda: layer(u)[0],
+            "convolution": lambda: layer(u, method="conv")[0],
+            "step by step": lambda: layer(u, method="step")[0],
+            "four chunks, state forwarded": chunks,
+            "every second sample, rate 2": lambda: layer(u[..., 1::2], rate=2.0)[0],
+            "every second sample, rate 1 (wrong)": lambda: layer(u[..., 1::2])[0]}
+    y, whole = {}, layer(u)[0]
+    print(f"{f'S5, h=3, n=64, l={l}':<36}{'difference':>12}{'time / ms':>12}")
+    for name, run in runs.items():
+        start = time.perf_counter()
+        y[name] = run()
+        duration = 1e3 * (time.perf_counter() - start)
+        error = (y[name] - (whole[..., 1::2] if "second" in name else whole)).abs().max() / whole.abs().max()
+        print(f"{name:<36}{error:12.1e}{duration:12.1f}")
+    if path is None:
+        return
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    disk, free, modes, rates = axes = list(figure.subplots(2, 2).flat)
+    disk.plot(torch.cos(2 * math.pi * t), torch.sin(2 * math.pi * t), color="0.7")
+    for rate in (1.0, 4.0):
+        A_bar = layer.discretize(rate).A_bar
+        disk.plot(A_bar.real, A_bar.imag, "o", ms=4, label=f"rate {rate:.0f}")
+    disk.set(title="Eigenvalues of A_bar in the unit disk", xlabel="Re A_bar", ylabel="Im A_bar", aspect=1)
+    state = torch.randn(1, len(layer.B), dtype=torch.complex64)
+    for i, line in enumerate(layer(torch.zeros(1, 3, l), state)[0][0]):
+        free.plot(line, lw=1, label=f"output {i}")
+    free.set(title="Free-running from a random state, u = 0", xlabel="step k", ylabel="y")
+    modes.plot(u[0, 1], color="0.7", label="input u")
+    for (name, line), style in zip(y.items(), ("-", "--", ":", "-.", "--", ":")):
+        plot, step = (rates, 2) if "second" in name else (modes, 1)
+        plot.plot(range(step - 1, l, step), line[0, 1], style, lw=3, label=name)
+    rates.plot(whole[0, 1], color="0.7", label="all samples, rate 1")
+    modes.set(title="One output, four ways to compute it", xlabel="step k", ylabel="u, y")
+    rates.set(title="Half the sampling frequency, no retraining", xlabel="step k", ylabel="y")
+    for ax in axes:
+        ax.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    print("wrote", path)
+
+
+if __name__ == "__main__":
+    demo(*sys.argv[1:2])
