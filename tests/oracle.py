@@ -425,9 +425,9 @@ def lru(p, u, state=None, rate=1.0):
 
     p: nu_log, theta_log, gamma_log (n), B (n, h, 2), C (h, n, 2), D (h).
     lambda = exp(-exp(nu_log) + i exp(theta_log));  x_k = lambda x_{k-1} + exp(gamma_log) B u_k.
-    Rate: lambda^rate = exp(rate log lambda), and the input gain times (lambda^rate - 1) / (lambda - 1).
+    Rate: lambda^rate = exp(rate log lambda), -pi < Im log lambda <= pi, and the input gain times (lambda^rate - 1) / (lambda - 1).
     """
-    log_lambda = -np.exp(p["nu_log"]) + 1j * np.exp(p["theta_log"])
+    log_lambda = np.log(np.exp(-np.exp(p["nu_log"]) + 1j * np.exp(p["theta_log"])))    # principal branch
     gain = np.exp(p["gamma_log"]) * (np.exp(rate * log_lambda) - 1) / (np.exp(log_lambda) - 1)
     A_bar = expm(np.diag(rate * log_lambda))
     B_bar = gain[:, None] * to_complex(p["B"])

@@ -1,0 +1,373 @@
+"""LRU, the linear recurrent unit: the same recurrence without a differential equation behind it.
+
+    Orvieto, Smith, Gu, Fernando, Gulcehre, Pascanu, De: Resurrecting Recurrent Neural Networks for Long Sequences
+    (2023), arXiv 2303.06349
+
+`python lru.py` checks all modes against each other, `python lru.py figures/lru.png` draws the figure.
+
+The model. All h features u together drive n complex numbers x, all independent,
+
+    x_k = lambda x_{k-1} + gamma B u_k,     y_k = Re(C x_k) + D u_k.                                  (1)
+
+What was wrong before. S4 to S5 start from a differential equation, HiPPO and a discretization. LRU asks what of it is
+needed, starting from a plain linear RNN: a complex diagonal recurrence, stable by construction,
+initialized near the unit circle, with a normalized input. That suffices.
+
+The exponential parameterization (paper, section 3.3): lambda = exp(-exp(nu_log) + i exp(theta_log)), so |lambda| < 1
+whatever the parameters. The ring: |lambda|^2 starts uniform in (r_min^2, r_max^2), the phase in (0, max_phase).
+
+The normalization (paper, section 3.4): with white noise as input, |x|^2 grows to 1 / (1 - |lambda|^2), which near the
+unit circle is large. So gamma starts as sqrt(1 - |lambda|^2), and is trained as gamma = exp(gamma_log).
+
+Why is there no factor 2 Re? Nothing makes the n states conjugate pairs; the real part alone makes the output real.
+
+What rate means here. (1) is the zero-order hold of x' = Lambda x + b u with step size 1, if Lambda = log lambda and
+(lambda - 1) / Lambda b = gamma B. With step size rate, the same differential equation gives
+
+    x_k = lambda^rate x_{k-1} + (lambda^rate - 1) / (lambda - 1) gamma B u_k,                         (2)
+
+where log lambda has its imaginary part in (-pi, pi]: a phase just below 2 pi is a slow rotation backwards.
+
+Why a scan? With many inputs the kernel is an (h, h) matrix for each lag, so a convolution does not pay. But (1) is
+associative: two steps in a row, x -> a x + v and then x -> a' x + v', are one, x -> a'a x + (a' v + v'). So steps can
+be combined in any order, in a tree of depth log2(l) ("associative scan"). A tree reads and writes all of
+memory at each of its levels. Two levels are enough here: cut time into blocks of about sqrt(l) steps and run the
+plain recurrence in all blocks at once. That is 3 sqrt(l) steps, each of them wide, and two passes over memory.
+
+Free-running dynamics, without input, from a state (b, n):
+
+    y, last = layer(torch.zeros(b, h, n_steps), state)
+
+What is trained: nu_log, theta_log, gamma_log, B, C, D.
+
+Symbols: b batch, h features (d_model), n states (d_state), l length; u, y (b, h, l); x (b, n) complex;
+lambda, gamma, A_bar = lambda^rate (n); B, B_bar (n, h); C (h, n); D (h).
+"""
+
+import math
+import sys
+import time
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+
+
+# ---- arguments ----
+
+def require(ok: bool, name: str, value, remedy: str) -> None:
+    """Raise a ValueError that names the argument, the value received and the remedy."""
+    if not ok:
+        raise ValueError(f"{name} = {value!r}: {remedy}")
+
+
+def check_number(name: str, value, kind: type = float, even: bool = False) -> None:
+    """value must be a positive, finite number; with kind=int a whole one."""
+    ok = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
+    require(ok and not (even and value % 2), name, value, f"pass a positive{' even' * even} {kind.__name__}")
+
+
+def check_tensor(name: str, x, shape: tuple, kind: str = "floating_point") -> None:
+    """x must be a tensor of this kind and shape, in which a letter stands for any size from 1 up."""
+    ok = isinstance(x, Tensor) and getattr(x, f"is_{kind}")() and x.ndim == len(shape)
+    ok = ok and all(got > 0 if isinstance(want, str) else got == want for got, want in zip(x.shape, shape))
+    got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else x
+    require(ok, name, got, f"pass a {kind.replace('_', ' ')} tensor ({', '.join(map(str, shape))})")
+
+
+def learning_rates(layer: nn.Module, lr, names: dict) -> dict:
+    """{parameter: learning rate} for lr = one rate, a dict by short name (1e-3 if left out) or None (empty).
+
+    names: {short name: its parameters}. The rate 0.0 freezes a parameter.
+    """
+    rates = {} if lr is None else dict.fromkeys(names, 1e-3 if isinstance(lr, dict) else lr)
+    rates |= lr if isinstance(lr, dict) else {}
+    for short, rate in rates.items():
+        ok = short in names and isinstance(rate, (int, float)) and 0 <= rate < math.inf
+        require(ok, "lr", lr, f"pass None, a rate >= 0, or a dict of such rates for {', '.join(names)}")
+    found = {name: rate for short, rate in rates.items() for name in names[short]}
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(found.get(name, 1.0) > 0)
+    return {name: float(found[name]) for name, _ in layer.named_parameters() if name in found}
+
+
+# ---- lambda ----
+
+def ring(n: int, r_min: float, r_max: float, max_phase: float) -> tuple[Tensor, Tensor, Tensor]:
+    """nu_log, theta_log and gamma_log (n): lambda uniform in area on a ring, gamma = sqrt(1 - |lambda|^2).
+
+    |lambda| = sqrt(u1 (r_max^2 - r_min^2) + r_min^2), phase = max_phase u2 (paper, Lemma 3.2 and section 3.4).
+    """
+    u1, u2 = 1e-6 + (1 - 2e-6) * torch.rand(2, n, dtype=torch.float64)       # never 0 or 1: finite logarithms
+    square = u1 * (r_max ** 2 - r_min ** 2) + r_min ** 2
+    return torch.log(-0.5 * torch.log(square)), torch.log(max_phase * u2), 0.5 * torch.log(1 - square)
+
+
+# ---- rate ----
+
+def phi(z: Tensor) -> Tensor:
+    """(exp(z) - 1) / z, which is 1 at z = 0. Near 0 the difference would cancel: there its Taylor series."""
+    small = z.abs() < 1e-3
+    series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5)))
+    z = torch.where(small, 1, z)             # keeps the gradient of the branch that is not taken finite
+    return torch.where(small, series, (z.exp() - 1) / z)
+
+
+class Discrete(NamedTuple):
+    """The recurrence (2): A_bar (n), B_bar (n, h), C (h, n), complex."""
+    A_bar: Tensor
+    B_bar: Tensor
+    C: Tensor
+
+
+# ---- the scan ----
+
+def as_real(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """Re z_1, Im z_1, Re z_2, ..., (.., n) -> (.., 2n): Re sum_n v_n w_n = as_real(v) . as_real(conj w)."""
+    return torch.view_as_real(z.to(dtype.to_complex())).flatten(-2)
+
+
+def to_blocks(u: Tensor) -> Tensor:
+    """(b, h, l) -> (T, J, b, h) with time k = jT + i, i < T, and T about sqrt(l); zeros after the end."""
+    l = u.shape[-1]
+    T = math.isqrt(l - 1) + 1
+    J = -(-l // T)
+    return nn.functional.pad(u, (0, J * T - l)).unflatten(-1, (J, T)).permute(3, 2, 0, 1)
+
+
+def scan_in_place(v: Tensor, a: Tensor, x: Tensor, reverse: bool = False) -> None:
+    """Replace v_k by x_k = a x_{k-1} + v_k, or with reverse by x_k = a x_{k+1} + v_k: v (T, J, b, p), x (b, p).
+
+    Two levels: the end of each block if it started from 0, then the true starts of the blocks one after another,
+    then all blocks again from there. Each of the T + J + T steps works on all blocks, or on all of a start, at once.
+    """
+    rows, blocks = v.unbind(0), range(v.shape[1])
+    if reverse:
+        rows, blocks = rows[::-1], blocks[::-1]
+    a, a_T = a.to(v.dtype), a.expand(len(v), -1).prod(0).to(v.dtype)         # a^T in double precision
+    ends = rows[0]
+    for row in rows[1:]:
+        ends = torch.addcmul(row, ends, a)
+    starts = torch.empty_like(ends)
+    for j in blocks:
+        starts[j] = x
+        x = torch.addcmul(ends[j], x, a_T)
+    for row in rows:
+        starts = row.addcmul_(starts, a)
+
+
+class Scan(torch.autograd.Function):
+    """x_k = a x_{k-1} + v_k over v (T, J, b, p), which it overwrites; a (p) complex128, x_{-1} = x0 (b, p).
+
+    Gradient: with g_k = dL/dx_k and w_k = conj(dL/dv_k), the adjoint recurrence w_k = a w_{k+1} + conj(g_k) is the
+    same scan backwards in time; dL/da = conj(sum_k x_{k-1} w_k), dL/dx0 = conj(a w_0).
+    """
+
+    @staticmethod
+    def forward(ctx, v, a, x0):
+        scan_in_place(v, a, x0)
+        ctx.mark_dirty(v)
+        ctx.save_for_backward(v, a, x0)
+        return v
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, a, x0 = ctx.saved_tensors
+        w = torch.empty_like(x).copy_(g).conj_physical_()
+        scan_in_place(w, a, torch.zeros_like(x0), reverse=True)
+        previous, total = torch.cat([x0[None], x[-1, :-1]]), torch.zeros_like(x[0])
+        for x_row, w_row in zip(x, w):
+            total.addcmul_(previous, w_row)
+            previous = x_row
+        grad_a = torch.view_as_real(total).sum((0, 1))
+        grad_x0 = (a.to(w.dtype) * w[0, 0]).conj()
+        return w.conj_physical_(), torch.view_as_complex(grad_a).conj().to(a.dtype), grad_x0
+
+
+def power_series(a: Tensor, count: int) -> Tensor:
+    """a^0, a^1, ..., a^(count - 1), by doubling: (p) -> (p, count)."""
+    p = torch.ones_like(a)[:, None]
+    while p.shape[1] < count:
+        p = torch.cat([p, p * (p[:, -1:] * a[:, None])], 1)
+    return p[:, :count]
+
+
+# ---- the layer ----
+
+class LRU(nn.Module):
+    """Linear recurrent unit (b, h, l) -> (b, h, l): the recurrence with D, no activation.
+
+    d_model, d_state: number of features h; number of complex states n
+    r_min, r_max: |lambda| starts between these, 0 <= r_min < r_max <= 1
+    max_phase: the phase of lambda starts between 0 and this, in radians per step
+    lr: learning rates of A (nu_log, theta_log) and B (with gamma_log) for the optimizer, recorded in `ssm_lr` (see
+        learning_rates)
+    Raises ValueError for any other value.
+    """
+
+    def __init__(self, d_model: int, d_state: int = 64, *, r_min: float = 0.0, r_max: float = 1.0,
+                 max_phase: float = 6.283, lr=1e-3):
+        super().__init__()
+        check_number("d_model", d_model, int)
+        check_number("d_state", d_state, int)
+        check_number("r_max", r_max)
+        check_number("max_phase", max_phase)
+        require(r_max <= 1, "r_max", r_max, "pass at most 1, the unit circle")
+        ok = isinstance(r_min, (int, float)) and 0 <= r_min < r_max
+        require(ok, "r_min", r_min, f"pass a number >= 0 and < r_max = {r_max}")
+        self.d_model, self.d_state = d_model, d_state
+        dtype = torch.get_default_dtype()
+        logs = (value.to(dtype) for value in ring(d_state, r_min, r_max, max_phase))
+        self.nu_log, self.theta_log, self.gamma_log = map(nn.Parameter, logs)
+        self.B = nn.Parameter(torch.randn(d_state, d_model, 2) / (2 * d_model) ** 0.5)
+        self.C = nn.Parameter(torch.randn(d_model, d_state, 2) / d_state ** 0.5)
+        self.D = nn.Parameter(torch.randn(d_model))
+        self.ssm_lr = learning_rates(self, lr, {"A": ["nu_log", "theta_log"], "B": ["B", "gamma_log"]})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The real dtype of the computation: that of the parameters, float32 at least."""
+        return torch.promote_types(self.D.dtype, torch.float32)
+
+    def _discretize(self, rate: float) -> Discrete:
+        """discretize() in double precision, for the powers of A_bar."""
+        check_number("rate", rate)
+        theta = torch.remainder(self.theta_log.double().exp() + math.pi, 2 * math.pi) - math.pi
+        log_lambda = torch.complex(-self.nu_log.double().exp(), theta)
+        gain = self.gamma_log.double().exp() * rate * phi(rate * log_lambda) / phi(log_lambda)       # see (2)
+        B, C = torch.view_as_complex(self.B.double()), torch.view_as_complex(self.C.double())
+        return Discrete(torch.exp(rate * log_lambda), gain[:, None] * B, C)
+
+    def discretize(self, rate: float = 1.0) -> Discrete:
+        """A_bar, B_bar and C of the recurrence (2)."""
+        return Discrete(*(matrix.to(self.dtype.to_complex()) for matrix in self._discretize(rate)))
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        """x_{-1} = 0, (b, n) complex."""
+        check_number("batch_size", batch_size, int)
+        return torch.zeros(batch_size, len(self.B), dtype=self.dtype.to_complex(), device=self.D.device)
+
+    def check_state(self, state: Tensor, b: int) -> None:
+        """state must be complex (b, n)."""
+        check_tensor("state", state, (b, len(self.B)), "complex")
+
+    def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0,
+             discrete: Optional[Discrete] = None) -> tuple[Tensor, Tensor]:
+        """One step of the recurrence (2): u (b, h), state (b, n) -> y (b, h) and the next state.
+
+        discrete: what discretize(rate) returned, to reuse it for many steps; rate is then ignored.
+        """
+        check_tensor("u", u, ("b", self.d_model))
+        self.check_state(state, u.shape[0])
+        return self._step(u, state, self.discretize(rate) if discrete is None else discrete)
+
+    def _step(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
+        """The recurrence (2) as it stands."""
+        x = d.A_bar * x.to(d.A_bar.dtype) + u.to(d.B_bar.dtype) @ d.B_bar.mT
+        return ((x @ d.C.mT).real + self.D * u).to(u.dtype), x
+
+    def forward(self, u: Tensor, state: Optional[Tensor] = None, *, rate: float = 1.0,
+                method: str = "scan") -> tuple[Tensor, Optional[Tensor]]:
+        """A sequence: u (b, h, l), state (b, n) or None -> y (b, h, l) as u, final state or None.
+
+        rate: factor on the step size: 2.0 for a signal sampled half as often as in training
+        method: "scan" or "conv", in parallel, or "step", the recurrence: the same numbers up to rounding
+        """
+        check_tensor("u", u, ("b", self.d_model, "l"))
+        require(method in ("scan", "conv", "step"), "method", method, "choose scan, conv or step")
+        if state is not None:
+            self.check_state(state, u.shape[0])
+        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # 16 bits would not do
+            run = {"scan": self._scan, "conv": self._conv, "step": self._steps}[method]
+            d, zero = self._discretize(rate), u.new_zeros(len(u), len(self.B), dtype=self.dtype.to_complex())
+            y, last = run(u.to(self.dtype), zero if state is None else state.to(zero.dtype), d)
+        return y.to(u.dtype), None if state is None else last.to(zero.dtype)
+
+    def _steps(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
+        """The recurrence (2) as it stands, in double precision: rounding adds up over the steps."""
+        outputs = []
+        for u_k in u.double().unbind(-1):
+            y_k, x = self._step(u_k, x, d)
+            outputs.append(y_k)
+        return torch.stack(outputs, -1), x
+
+    def _scan(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
+        """B_bar u, the scan in two levels, C x; both products as real matrix products."""
+        l, u = u.shape[-1], to_blocks(u)                                     # (T, J, b, h)
+        v = torch.view_as_complex((u @ as_real(d.B_bar.mT, u.dtype)).unflatten(-1, (-1, 2)))
+        x = Scan.apply(v, d.A_bar, x)                                        # (T, J, b, n)
+        y = as_real(x, u.dtype) @ as_real(d.C.conj_physical(), u.dtype).mT + self.D * u
+        return y.permute(2, 3, 1, 0).flatten(2)[..., :l], x[(l - 1) % len(x), -1]
+
+    def _conv(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
+        """The same by FFT: each state convolves its input B_bar u with the powers A_bar^k."""
+        l = u.shape[-1]
+        size = min(m << ((2 * l - 2) // m).bit_length() for m in (1, 3, 5))
+        v = torch.complex(d.B_bar.real.to(u.dtype) @ u, d.B_bar.imag.to(u.dtype) @ u)        # (b, n, l)
+        v = torch.cat([v[..., :1] + (d.A_bar.to(v.dtype) * x)[..., None], v[..., 1:]], -1)   # x_{-1} enters v_0
+        K = power_series(d.A_bar, l).to(v.dtype)
+        x = torch.fft.ifft(torch.fft.fft(v, size) * torch.fft.fft(K, size))[..., :l]
+        y = d.C.real.to(u.dtype) @ x.real - d.C.imag.to(u.dtype) @ x.imag
+        return y + self.D[:, None] * u, x[..., -1]
+
+
+# ---- demo ----
+
+def demo(path: Optional[str] = None) -> None:
+    """Print how the modes agree and how long they take; draw the figure if a path is given."""
+    torch.manual_seed(0)
+    l, layer = 1024, LRU(3, 64, r_min=0.9, max_phase=0.3).requires_grad_(False)
+    t = torch.arange(l) / l
+    u = torch.sin(2 * math.pi * torch.tensor([[2.0], [3.0], [5.0]]) * (t + t ** 2))[None]       # (1, 3, l)
+
+    def chunks():
+        y, state = [], layer.initial_state(1)
+        for piece in u.split([100, 1, 411, 512], -1):
+            y_piece, state = layer(piece, state)
+            y.append(y_piece)
+        return torch.cat(y, -1)
+
+    runs = {"scan": lambda: layer(u)[0],
+            "convolution": lambda: layer(u, method="conv")[0],
+            "step by step": lambda: layer(u, method="step")[0],
+            "four chunks, state forwarded": chunks,
+            "every second sample, rate 2": lambda: layer(u[..., 1::2], rate=2.0)[0],
+            "every second sample, rate 1 (wrong)": lambda: layer(u[..., 1::2])[0]}
+    y, whole = {}, layer(u)[0]
+    print(f"{f'LRU, h=3, n=64, l={l}':<36}{'difference':>12}{'time / ms':>12}")
+    for name, run in runs.items():
+        start = time.perf_counter()
+        y[name] = run()
+        duration = 1e3 * (time.perf_counter() - start)
+        error = (y[name] - (whole[..., 1::2] if "second" in name else whole)).abs().max() / whole.abs().max()
+        print(f"{name:<36}{error:12.1e}{duration:12.1f}")
+    if path is None:
+        return
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    disk, free, modes, rates = axes = list(figure.subplots(2, 2).flat)
+    disk.plot(torch.cos(2 * math.pi * t), torch.sin(2 * math.pi * t), color="0.7")
+    for rate in (1.0, 4.0):
+        A_bar = layer.discretize(rate).A_bar
+        disk.plot(A_bar.real, A_bar.imag, "o", ms=4, label=f"rate {rate:.0f}")
+    disk.set(title="Eigenvalues of A_bar in the unit disk", xlabel="Re A_bar", ylabel="Im A_bar", aspect=1)
+    state = torch.randn(1, 64, dtype=torch.complex64)
+    for i, line in enumerate(layer(torch.zeros(1, 3, l), state)[0][0]):
+        free.plot(line, lw=1, label=f"output {i}")
+    free.set(title="Free-running from a random state, u = 0", xlabel="step k", ylabel="y")
+    modes.plot(u[0, 1], color="0.7", label="input u")
+    for (name, line), style in zip(y.items(), ("-", "--", ":", "-.", "--", ":")):
+        plot, step = (rates, 2) if "second" in name else (modes, 1)
+        plot.plot(range(step - 1, l, step), line[0, 1], style, lw=3, label=name)
+    rates.plot(whole[0, 1], color="0.7", label="all samples, rate 1")
+    modes.set(title="One output, four ways to compute it", xlabel="step k", ylabel="u, y")
+    rates.set(title="Half the sampling frequency, no retraining", xlabel="step k", ylabel="y")
+    for ax in axes:
+        ax.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    print("wrote", path)
+
+
+if __name__ == "__main__":
+    demo(*sys.argv[1:2])
