@@ -480,21 +480,23 @@ def selective_ssm(p, u, state=None, rate=1.0):
     return selective_scan(u, dt, -np.exp(p["A_log"]), B, C, p["D"], state=state)
 
 
-def mamba(p, x, rate=1.0):
-    """Mamba block from the zero state, without norm and residual: x (b, h, l) -> (b, h, l).
+def mamba(p, x, state=None, rate=1.0):
+    """Mamba block, without norm and residual: x (b, h, l) -> (b, h, l), state.
 
     p: in_proj.weight (2d, h) with rows [u, z], conv1d.weight (d, 1, k), conv1d.bias (d),
-    out_proj.weight (h, d), and those of `selective_ssm`.
+    out_proj.weight (h, d), and those of `selective_ssm`. state: the last k - 1 inputs u of the convolution
+    (b, d, k - 1) and the state of the SSM (b, d, n), or None.
     Result: out_proj(selective_ssm(silu(conv1d(u))) * silu(z)). conv1d is causal, one filter for each feature:
     v_t = bias + sum_j weight_j u_{t-k+1+j}. rate multiplies dt only.
     """
     d, _, k = p["conv1d.weight"].shape
     projected = linear(x, p["in_proj.weight"])
     u, z = projected[:, :d], projected[:, d:]
-    v = np.zeros_like(u) + p["conv1d.bias"][:, None]
+    before, ssm = (np.zeros((len(x), d, k - 1)), None) if state is None else state
+    u = np.concatenate([before, u], axis=2)
+    v = np.zeros_like(z) + p["conv1d.bias"][:, None]
     for t in range(x.shape[2]):
         for j in range(k):
-            if t - k + 1 + j >= 0:
-                v[:, :, t] += p["conv1d.weight"][:, 0, j] * u[:, :, t - k + 1 + j]
-    y, _ = selective_ssm(p, silu(v), rate=rate)
-    return linear(y * silu(z), p["out_proj.weight"])
+            v[:, :, t] += p["conv1d.weight"][:, 0, j] * u[:, :, t + j]
+    y, ssm = selective_ssm(p, silu(v), ssm, rate)
+    return linear(y * silu(z), p["out_proj.weight"]), (u[:, :, x.shape[2]:], ssm)
