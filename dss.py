@@ -1,10 +1,12 @@
 """DSS, the diagonal state space layer that came first: softmax over the length, and its successor "exp".
 
-    Gupta, Gu, Berant: Diagonal State Spaces are as Effective as Structured State Spaces (2022), arXiv 2203.14343
+    Gupta, Gu, Berant: Diagonal State Spaces are as Effective as Structured State Spaces (2022),
+    arXiv 2203.14343
 
 `python dss.py` checks all modes against each other, `python dss.py figures/dss.png` draws the figure.
 
-The model. Each of the h features u(t) drives n numbers x of its own, with the same complex Lambda for all features,
+The model. Each of the h features u(t) drives n numbers x of its own, with the same complex Lambda for all
+features,
 
     x'(t) = Lambda x(t) + u(t),     y(t) = Re(C x(t)) + D u(t),                                       (1)
 
@@ -13,28 +15,31 @@ and with step size dt, zero-order hold, and z = dt Lambda
     x_k = e^z x_{k-1} + (e^z - 1) / Lambda u_k,     y_k = Re(C x_k) + D u_k,     B = 1,               (2)
     K_k = Re sum_n C_n (e^{z_n} - 1) / Lambda_n e^{k z_n}.                                            (3)
 
-What was wrong before. S4 says that memory needs the HiPPO matrix, which is not diagonal. DSS found that a diagonal
-matrix with the eigenvalues of its normal part does as well: -1/2 + i w from the skew part of HiPPO-LegS.
+What was wrong before. S4 says that memory needs the HiPPO matrix, which is not diagonal. DSS found that a
+diagonal matrix with the eigenvalues of its normal part does as well: -1/2 + i w from the skew part of
+HiPPO-LegS.
 
-The idea. To keep (3) bounded for any sign of Re Lambda, DSS normalizes each exponential over the length l_max that
-it will be used for, a softmax over time (paper, Proposition 1):
+The idea. To keep (3) bounded for any sign of Re Lambda, DSS normalizes each exponential over the length l_max
+that it will be used for, a softmax over time (paper, Proposition 1):
 
     K_k = Re sum_n W_n / Lambda_n  e^{k z_n} / sum_{r < l_max} e^{r z_n}.                             (4)
 
-The geometric sum is (e^{l_max z} - 1) / (e^z - 1), so (4) is (3) with C = W / (e^{l_max z} - 1). That is how it gets
-a state, a step and a rate here, none of which the official code has: C depends on dt l_max alone, the rate changes
-e^z and the hold. Version "exp" has no normalizer, C = W and Re Lambda = -exp(Lambda_re) < 0, which S4D continues.
+The geometric sum is (e^{l_max z} - 1) / (e^z - 1), so (4) is (3) with C = W / (e^{l_max z} - 1). That is how
+it gets a state, a step and a rate here, none of which the official code has: C depends on dt l_max alone, the
+rate changes e^z and the hold. Version "exp" has no normalizer, C = W and Re Lambda = -exp(Lambda_re) < 0,
+which S4D continues.
 
-Why no factor 2 Re here? Lambda starts with Im Lambda > 0 only, but all n values are independent: the real part
-alone makes the output real. A conjugate pair with half the weights would give the same.
+Why no factor 2 Re here? Lambda starts with Im Lambda > 0 only, but all n values are independent: the real
+part alone makes the output real. A conjugate pair with half the weights would give the same.
 
-How the recurrence stays finite if Re Lambda > 0. Then e^{kz} grows, and C is as small as e^{-l_max z}. Both could leave
-the range of float32 while their product is of order 1. So the factor e^{-l_max z} is shared equally between C and the
-input: states stay between e^{-a/2} and e^{a/2} with a = l_max Re z, and a is capped at 160, inside float32. A mode at
-the cap sees only the last hundredth of l_max anyway. It holds for l_max steps; a longer sequence is an error.
+How the recurrence stays finite if Re Lambda > 0. Then e^{kz} grows, and C is as small as e^{-l_max z}. Both
+could leave the range of float32 while their product is of order 1. So the factor e^{-l_max z} is shared
+equally between C and the input: states stay between e^{-a/2} and e^{a/2} with a = l_max Re z, and a is capped
+at 160, inside float32. A mode at the cap sees only the last hundredth of l_max anyway. It holds for l_max
+steps; a longer sequence is an error.
 
-The fast kernel is the one of s4d.py: two digits of time, k = jT + i, e^{kz} = e^{jTz} e^{iz}, a product of two small
-matrices of powers in double precision, which also turn states into outputs and inputs into states.
+The fast kernel is the one of s4d.py: two digits of time, k = jT + i, e^{kz} = e^{jTz} e^{iz}, a product of
+two small matrices of powers in double precision, which also turn states into outputs and inputs into states.
 
 What is trained: log_dt (one step size per feature), Lambda, W and D.
 
@@ -115,8 +120,8 @@ def phi(z: Tensor) -> Tensor:
 def discretize_dss(Lambda: Tensor, W: Tensor, dt: Tensor, rate: float, l_max: int) -> tuple[Tensor, Tensor]:
     """B_bar and C of DSS-softmax: C B_bar = W (e^{rate z} - 1) / (Lambda (e^{l_max z} - 1)), z = dt Lambda.
 
-    Zero-order hold of B = 1, and the normalizer in C. 1/x is conj(x) / (|x|^2 + 1e-7), finite at 0. If Re z > 0, the
-    quotient is taken with e^{-l_max z} above and below, one half of it in B_bar and one in C.
+    Zero-order hold of B = 1, and the normalizer in C. 1/x is conj(x) / (|x|^2 + 1e-7), finite at 0. If
+    Re z > 0, the quotient is taken with e^{-l_max z} above and below, and B_bar and C share the one above.
     """
     growing = (dt * Lambda).real > 0
     sign = torch.where(growing, -1.0, 1.0)
@@ -196,7 +201,7 @@ class DSS(nn.Module):
     d_model, d_state: number of features h; number of states n per feature, all complex and independent
     version: "softmax", normalized over l_max steps, or "exp", with Re Lambda < 0 and no normalization
     l_max: longest sequence of version "softmax", in steps at rate 1; "exp" takes any length
-    dt_min, dt_max: the step sizes start log-uniform in between, in the unit of time in which Lambda is written
+    dt_min, dt_max: the step sizes start log-uniform in between, in the unit of time in which A is written
     lr: learning rates of dt and A (Lambda) for the optimizer, recorded in `ssm_lr` (see learning_rates)
     Raises ValueError for any other value.
     """
@@ -233,7 +238,7 @@ class DSS(nn.Module):
         if self.version == "exp":
             Lambda = torch.complex(-real.exp(), imag)
             return Discrete(torch.exp(rate * dt * Lambda), rate * dt * phi(rate * dt * Lambda), W)
-        real = torch.minimum(real, 160 / (dt * self.l_max))                  # see "How the recurrence stays finite"
+        real = torch.minimum(real, 160 / (dt * self.l_max))                  # so that states stay finite
         Lambda = torch.complex(real, imag.expand_as(real))
         return Discrete(torch.exp(rate * dt * Lambda), *discretize_dss(Lambda, W, dt, rate, self.l_max))
 
@@ -261,8 +266,7 @@ class DSS(nn.Module):
     def check_length(self, l: int, rate: float) -> None:
         """Version softmax is defined for at most l_max steps at rate 1."""
         ok = self.version == "exp" or l * rate <= self.l_max
-        require(ok, "l", l, f"at rate {rate} softmax is normalized for l <= {self.l_max / rate:g}; raise l_max, "
-                "or use version exp")
+        require(ok, "l", l, f"softmax is for l rate <= l_max = {self.l_max}: raise l_max, or use version exp")
 
     def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0,
              discrete: Optional[Discrete] = None) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """GSS, the gated state space layer: fewer channels for the SSM, more matrix products for the hardware.
 
-    Mehta, Gupta, Cutkosky, Neyshabur: Long Range Language Modeling via Gated State Spaces (2022), arXiv 2206.13947
+    Mehta, Gupta, Cutkosky, Neyshabur: Long Range Language Modeling via Gated State Spaces (2022),
+    arXiv 2206.13947
 
 `python gss.py` checks all modes against each other, `python gss.py figures/gss.png` draws the figure.
 
@@ -13,27 +14,32 @@ and the SSM has n complex numbers x for each of its channels, all independent as
     x_k = A_bar x_{k-1} + B_bar v_k,     y_k = Re(C x_k) + D v_k,                                     (2)
     K_k = Re sum_n C_n B_bar_n A_bar_n^k,   A_bar = exp(dt A),   B_bar = A^{-1} (exp(dt A) - 1) B.    (3)
 
-What was wrong before. An FFT over h channels is slow on hardware that is made for matrix products. GSS shrinks the
-SSM to h / bottleneck channels and spends the time in the linear maps around it: W_y y is multiplied by
-a gate of h expand features. That is what the gating is for; whether it is more accurate depends on the task.
+What was wrong before. An FFT over h channels is slow on hardware that is made for matrix products. GSS
+shrinks the SSM to h / bottleneck channels and spends the time in the linear maps around it: W_y y is
+multiplied by a gate of h expand features. That is what the gating is for; whether it is more accurate depends
+on the task.
 
-The simplification. Random A works as well as HiPPO when B = 1 and dt = 1 are not trained. Only Lambda = A (random),
-C and D remain of the SSM. Differs from the paper: -Re A starts log-uniform in (1e-3, 1), so that memory ranges from
-1 to 1000 steps, and Im A uniform in (0, pi); draws of order 1 for both would forget within a few steps.
+The simplification. Random A works as well as HiPPO when B = 1 and dt = 1 are not trained. Only Lambda = A
+(random), C and D remain of the SSM. Differs from the paper: -Re A starts log-uniform in (1e-3, 1), so that
+memory ranges from 1 to 1000 steps, and Im A uniform in (0, pi); draws of order 1 for both would forget within
+a few steps.
 
-Each simplification can be undone: gate=False, bottleneck=1, measure="diag-lin" with dt_min and dt_max of s4d.py,
-train_B and train_dt.
+Each simplification can be undone: gate=False, bottleneck=1, measure="diag-lin" with dt_min and dt_max of
+s4d.py, train_B and train_dt.
 
-State, step and rate. The maps of (1) act on one time step each, so that the state is that of the SSM, and a step of
-the block is (1) with (2). The rate multiplies dt; with dt = 1 the unit of time is the step of training.
+State, step and rate. The maps of (1) act on one time step each, so that the state is that of the SSM, and a
+step of the block is (1) with (2). The rate multiplies dt; with dt = 1 the unit of time is the step of
+training.
 
-The fast kernel is the one of s4d.py: two digits of time, k = jT + i, A_bar^k = A_bar^{jT} A_bar^i, a product of two
-small matrices of powers in double precision, which also turn states into outputs and inputs into states.
+The fast kernel is the one of s4d.py: two digits of time, k = jT + i, A_bar^k = A_bar^{jT} A_bar^i, a product
+of two small matrices of powers in double precision, which also turn states into outputs and inputs into
+states.
 
 What is trained: A, C, D and the linear maps.
 
 Symbols: b batch, h features (d_model), c = h / bottleneck channels of the SSM, n states (d_state), l length;
-u, o (b, h, l); v, y (b, c, l); x (b, c, n) complex; A, B, A_bar, B_bar, C (c, n) complex; dt, D (c); K (c, l).
+u, o (b, h, l); v, y (b, c, l); x (b, c, n) complex; A, B, A_bar, B_bar, C (c, n) complex; dt, D (c); K (c,
+l).
 """
 
 import math
@@ -200,9 +206,9 @@ class GSS(nn.Module):
     Raises ValueError for any other value.
     """
 
-    def __init__(self, d_model: int, d_state: int = 64, *, expand: int = 4, bottleneck: int = 4, gate: bool = True,
-                 measure: str = "diag-rand", train_B: bool = False, train_dt: bool = False, dt_min: float = 1.0,
-                 dt_max: float = 1.0, lr=1e-3):
+    def __init__(self, d_model: int, d_state: int = 64, *, expand: int = 4, bottleneck: int = 4,
+                 gate: bool = True, measure: str = "diag-rand", train_B: bool = False, train_dt: bool = False,
+                 dt_min: float = 1.0, dt_max: float = 1.0, lr=1e-3):
         super().__init__()
         check_number("d_model", d_model, int)
         check_number("d_state", d_state, int)

@@ -1,7 +1,7 @@
 """LRU, the linear recurrent unit: the same recurrence without a differential equation behind it.
 
-    Orvieto, Smith, Gu, Fernando, Gulcehre, Pascanu, De: Resurrecting Recurrent Neural Networks for Long Sequences
-    (2023), arXiv 2303.06349
+    Orvieto, Smith, Gu, Fernando, Gulcehre, Pascanu, De: Resurrecting Recurrent Neural Networks for Long
+    Sequences (2023), arXiv 2303.06349
 
 `python lru.py` checks all modes against each other, `python lru.py figures/lru.png` draws the figure.
 
@@ -9,30 +9,34 @@ The model. All h features u together drive n complex numbers x, all independent,
 
     x_k = lambda x_{k-1} + gamma B u_k,     y_k = Re(C x_k) + D u_k.                                  (1)
 
-What was wrong before. S4 to S5 start from a differential equation, HiPPO and a discretization. LRU asks what of it is
-needed, starting from a plain linear RNN: a complex diagonal recurrence, stable by construction,
+What was wrong before. S4 to S5 start from a differential equation, HiPPO and a discretization. LRU asks what
+of it is needed, starting from a plain linear RNN: a complex diagonal recurrence, stable by construction,
 initialized near the unit circle, with a normalized input. That suffices.
 
-The exponential parameterization (paper, section 3.3): lambda = exp(-exp(nu_log) + i exp(theta_log)), so |lambda| < 1
-whatever the parameters. The ring: |lambda|^2 starts uniform in (r_min^2, r_max^2), the phase in (0, max_phase).
+The exponential parameterization (paper, section 3.3): lambda = exp(-exp(nu_log) + i exp(theta_log)), so
+|lambda| < 1 whatever the parameters. The ring: |lambda|^2 starts uniform in (r_min^2, r_max^2), the phase in
+(0, max_phase).
 
-The normalization (paper, section 3.4): with white noise as input, |x|^2 grows to 1 / (1 - |lambda|^2), which near the
-unit circle is large. So gamma starts as sqrt(1 - |lambda|^2), and is trained as gamma = exp(gamma_log).
+The normalization (paper, section 3.4): with white noise as input, |x|^2 grows to 1 / (1 - |lambda|^2), which
+near the unit circle is large. So gamma starts as sqrt(1 - |lambda|^2), and is trained as gamma =
+exp(gamma_log).
 
-Why is there no factor 2 Re? Nothing makes the n states conjugate pairs; the real part alone makes the output real.
+Why is there no factor 2 Re? Nothing makes the n states conjugate pairs; the real part alone makes the output
+real.
 
-What rate means here. (1) is the zero-order hold of x' = Lambda x + b u with step size 1, if Lambda = log lambda and
-(lambda - 1) / Lambda b = gamma B. With step size rate, the same differential equation gives
+What rate means here. (1) is the zero-order hold of x' = Lambda x + b u with step size 1, if Lambda = log
+lambda and (lambda - 1) / Lambda b = gamma B. With step size rate, the same differential equation gives
 
     x_k = lambda^rate x_{k-1} + (lambda^rate - 1) / (lambda - 1) gamma B u_k,                         (2)
 
 where log lambda has its imaginary part in (-pi, pi]: a phase just below 2 pi is a slow rotation backwards.
 
-Why a scan? With many inputs the kernel is an (h, h) matrix for each lag, so a convolution does not pay. But (1) is
-associative: two steps in a row, x -> a x + v and then x -> a' x + v', are one, x -> a'a x + (a' v + v'). So steps can
-be combined in any order, in a tree of depth log2(l) ("associative scan"). A tree reads and writes all of
-memory at each of its levels. Two levels are enough here: cut time into blocks of about sqrt(l) steps and run the
-plain recurrence in all blocks at once. That is 3 sqrt(l) steps, each of them wide, and two passes over memory.
+Why a scan? With many inputs the kernel is an (h, h) matrix for each lag, so a convolution does not pay. But
+(1) is associative: two steps in a row, x -> a x + v and then x -> a' x + v', are one, x -> a'a x + (a' v +
+v'). So steps can be combined in any order, in a tree of depth log2(l) ("associative scan"). A tree reads and
+writes all of memory at each of its levels. Two levels are enough here: cut time into blocks of about sqrt(l)
+steps and run the plain recurrence in all blocks at once. That is 3 sqrt(l) steps, each of them wide, and two
+passes over memory.
 
 Free-running dynamics, without input, from a state (b, n):
 
@@ -96,7 +100,7 @@ def learning_rates(layer: nn.Module, lr, names: dict) -> dict:
 def ring(n: int, r_min: float, r_max: float, max_phase: float) -> tuple[Tensor, Tensor, Tensor]:
     """nu_log, theta_log and gamma_log (n): lambda uniform in area on a ring, gamma = sqrt(1 - |lambda|^2).
 
-    |lambda| = sqrt(u1 (r_max^2 - r_min^2) + r_min^2), phase = max_phase u2 (paper, Lemma 3.2 and section 3.4).
+    |lambda|^2 = u1 (r_max^2 - r_min^2) + r_min^2, phase = max_phase u2 (paper, Lemma 3.2 and section 3.4).
     """
     u1, u2 = 1e-6 + (1 - 2e-6) * torch.rand(2, n, dtype=torch.float64)       # never 0 or 1: finite logarithms
     square = u1 * (r_max ** 2 - r_min ** 2) + r_min ** 2
@@ -136,10 +140,10 @@ def to_blocks(u: Tensor) -> Tensor:
 
 
 def scan_in_place(v: Tensor, a: Tensor, x: Tensor, reverse: bool = False) -> None:
-    """Replace v_k by x_k = a x_{k-1} + v_k, or with reverse by x_k = a x_{k+1} + v_k: v (T, J, b, p), x (b, p).
+    """Replace v_k by x_k = a x_{k-1} + v_k, with reverse by x_k = a x_{k+1} + v_k: v (T, J, b, p), x (b, p).
 
-    Two levels: the end of each block if it started from 0, then the true starts of the blocks one after another,
-    then all blocks again from there. Each of the T + J + T steps works on all blocks, or on all of a start, at once.
+    Two levels: the end of each block if it started from 0; then the true starts of the blocks, one by one;
+    then all blocks again from there. So T steps over all blocks at once, J small ones, and T again.
     """
     rows, blocks = v.unbind(0), range(v.shape[1])
     if reverse:
@@ -159,8 +163,8 @@ def scan_in_place(v: Tensor, a: Tensor, x: Tensor, reverse: bool = False) -> Non
 class Scan(torch.autograd.Function):
     """x_k = a x_{k-1} + v_k over v (T, J, b, p), which it overwrites; a (p) complex128, x_{-1} = x0 (b, p).
 
-    Gradient: with g_k = dL/dx_k and w_k = conj(dL/dv_k), the adjoint recurrence w_k = a w_{k+1} + conj(g_k) is the
-    same scan backwards in time; dL/da = conj(sum_k x_{k-1} w_k), dL/dx0 = conj(a w_0).
+    Gradient: with g_k = dL/dx_k and w_k = conj(dL/dv_k), the adjoint recurrence w_k = a w_{k+1} + conj(g_k)
+    is the same scan backwards in time; dL/da = conj(sum_k x_{k-1} w_k), dL/dx0 = conj(a w_0).
     """
 
     @staticmethod
@@ -201,8 +205,8 @@ class LRU(nn.Module):
     d_model, d_state: number of features h; number of complex states n
     r_min, r_max: |lambda| starts between these, 0 <= r_min < r_max <= 1
     max_phase: the phase of lambda starts between 0 and this, in radians per step
-    lr: learning rates of A (nu_log, theta_log) and B (with gamma_log) for the optimizer, recorded in `ssm_lr` (see
-        learning_rates)
+    lr: learning rates of A (nu_log, theta_log) and B (with gamma_log) for the optimizer, recorded in `ssm_lr`
+        (see learning_rates)
     Raises ValueError for any other value.
     """
 
@@ -281,7 +285,8 @@ class LRU(nn.Module):
         with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # 16 bits would not do
             run = {"scan": self._scan, "conv": self._conv, "step": self._steps}[method]
             d, zero = self._discretize(rate), u.new_zeros(len(u), len(self.B), dtype=self.dtype.to_complex())
-            y, last = run(u.to(self.dtype), zero if state is None else state.to(zero.dtype), d)
+            x = zero if state is None else state.to(zero.dtype)
+            y, last = run(u.to(self.dtype), x, d)
         return y.to(u.dtype), None if state is None else last.to(zero.dtype)
 
     def _steps(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
@@ -305,7 +310,8 @@ class LRU(nn.Module):
         l = u.shape[-1]
         size = min(m << ((2 * l - 2) // m).bit_length() for m in (1, 3, 5))
         v = torch.complex(d.B_bar.real.to(u.dtype) @ u, d.B_bar.imag.to(u.dtype) @ u)        # (b, n, l)
-        v = torch.cat([v[..., :1] + (d.A_bar.to(v.dtype) * x)[..., None], v[..., 1:]], -1)   # x_{-1} enters v_0
+        start = v[..., :1] + (d.A_bar.to(v.dtype) * x)[..., None]            # x_{-1} enters as part of v_0
+        v = torch.cat([start, v[..., 1:]], -1)
         K = power_series(d.A_bar, l).to(v.dtype)
         x = torch.fft.ifft(torch.fft.fft(v, size) * torch.fft.fft(K, size))[..., :l]
         y = d.C.real.to(u.dtype) @ x.real - d.C.imag.to(u.dtype) @ x.imag

@@ -1,8 +1,9 @@
 """LSSL, the linear state space layer: the dense predecessor of S4, and the meaning of its state.
 
-    Gu, Johnson, Goel, Saab, Dao, Rudra, Re: Combining Recurrent, Convolutional, and Continuous-time Models with
-    Linear State-Space Layers (2021), arXiv 2110.13985
-    Gu, Dao, Ermon, Rudra, Re: HiPPO: Recurrent Memory with Optimal Polynomial Projections (2020), arXiv 2008.07669
+    Gu, Johnson, Goel, Saab, Dao, Rudra, Re: Combining Recurrent, Convolutional, and Continuous-time Models
+    with Linear State-Space Layers (2021), arXiv 2110.13985
+    Gu, Dao, Ermon, Rudra, Re: HiPPO: Recurrent Memory with Optimal Polynomial Projections (2020),
+    arXiv 2008.07669
 
 `python lssl.py` checks all modes against each other, `python lssl.py figures/lssl.png` draws the figure.
 
@@ -10,13 +11,14 @@ The model. Each of the h features u(t) drives a linear system of its own with n 
 
     x'(t) = A x(t) + B u(t),     y(t) = C x(t) + D u(t).                                              (1)
 
-Sampled with step size dt this becomes a recurrence, and unrolled a convolution of u with a kernel K, plus D u:
+Sampled with step size dt this becomes a recurrence, and unrolled a convolution of u with a kernel K, plus D
+u:
 
     x_k = A_bar x_{k-1} + B_bar u_k,     y_k = C x_k + D u_k,                                         (2)
     K_k = C A_bar^k B_bar.                                                                            (3)
 
-The idea. One model, three views: (1) has a time scale, so the sampling rate can change; (2) generates in constant
-time per step; (3) trains in parallel. The A that makes it work is the HiPPO matrix.
+The idea. One model, three views: (1) has a time scale, so the sampling rate can change; (2) generates in
+constant time per step; (3) trains in parallel. The A that makes it work is the HiPPO matrix.
 
 What the state means. HiPPO chooses A and B so that x(t) holds the coefficients of the past of u in a basis of
 Legendre polynomials P_i. With s the time before t, in the unit in which A is written (1/dt samples),
@@ -26,22 +28,24 @@ Legendre polynomials P_i. With s the time before t, in the unit in which A is wr
 
 The state is a compressed history, and C reads from it what the task needs.
 
-Discretization. The generalized bilinear transform solves the step from k-1 to k with the weight alpha on its end:
+Discretization. The generalized bilinear transform solves the step from k-1 to k with the weight alpha on its
+end:
 
     A_bar = (1 - alpha dt A)^{-1} (1 + (1 - alpha) dt A),     B_bar = (1 - alpha dt A)^{-1} dt B       (6)
 
-alpha = 0 is forward Euler (explicit, unstable for large dt), 1 backward Euler, 1/2 bilinear: second order, and
-|eigenvalues| <= 1 for every dt > 0 if those of A lie in the left half plane.
+alpha = 0 is forward Euler (explicit, unstable for large dt), 1 backward Euler, 1/2 bilinear: second order,
+and |eigenvalues| <= 1 for every dt > 0 if those of A lie in the left half plane.
 
 The fast kernel. l products with A_bar, one after another, are slow. Write time with two digits, k = jT + i:
-K_{jT+i} = (C A_bar^i) (A_bar^{jT} B_bar). Both factors come from the squares A_bar, A_bar^2, A_bar^4, ... by doubling,
-and one matrix product is the kernel. It still costs n^3 log l: this is what S4 was invented for.
+K_{jT+i} = (C A_bar^i) (A_bar^{jT} B_bar). Both factors come from the squares A_bar, A_bar^2, A_bar^4, ... by
+doubling, and one matrix product is the kernel. It still costs n^3 log l: this is what S4 was invented for.
 
-What is trained: C and D (LSSL-f, fixed A and dt), and on request A with B (one for all features or one each) and dt.
-A trained dense A is not kept stable by anything; S4 repairs that as well.
+What is trained: C and D (LSSL-f, fixed A and dt), and on request A with B (one for all features or one each)
+and dt. A trained dense A is not kept stable by anything; S4 repairs that as well.
 
 Symbols: b batch, h features (d_model), n states (d_state), l length, m channels; u (b, h, l), y (b, m h, l);
-x (b, h, n); A (n, n) or (h, n, n), B (n) or (h, n), C (m, h, n), D (m, h), dt (h); A_bar (h, n, n), B_bar (h, n).
+x (b, h, n); A (n, n) or (h, n, n), B (n) or (h, n), C (m, h, n), D (m, h), dt (h); A_bar (h, n, n), B_bar (h,
+n).
 """
 
 import math
@@ -118,7 +122,7 @@ def reconstruct(measure: str, x: Tensor, s: Tensor) -> Tensor:
     previous, P, past = torch.zeros_like(z), torch.ones_like(z), 0
     for i in range(x.shape[-1]):
         past = past + x[..., i, None] * (2 * i + 1) ** 0.5 * P
-        previous, P = P, ((2 * i + 1) * z * P - i * previous) / (i + 1)      # Legendre: P_{i+1} from P_i, P_{i-1}
+        previous, P = P, ((2 * i + 1) * z * P - i * previous) / (i + 1)      # P_{i+1} from P_i and P_{i-1}
     return past
 
 
@@ -162,7 +166,7 @@ def two_digits(powers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def output_of_state(C: Tensor, powers: list[Tensor], x: Tensor) -> Tensor:
-    """What the state x (b, h, n) adds to the next outputs: C A_bar^{k+1} x with C (h, m, n), (b, m, h, JT)."""
+    """What the state x (b, h, n) adds to the next outputs: C A_bar^{k+1} x for C (h, m, n), (b, m, h, JT)."""
     low, high = two_digits(powers)
     rows = krylov(low, C @ powers[0])                                        # C A_bar^{i+1}: (h, T m, n)
     x = krylov([power.mT for power in high], x.transpose(0, 1))              # A_bar^{jT} x: (h, J b, n)
@@ -235,7 +239,8 @@ class LSSL(nn.Module):
         check_number("dt_max", dt_max)
         require(dt_min <= dt_max, "dt_max", dt_max, f"pass at least dt_min = {dt_min}")
         require(measure in MEASURES, "measure", measure, f"choose one of {', '.join(MEASURES)}")
-        require(isinstance(alpha, (int, float)) and 0 <= alpha <= 1, "alpha", alpha, "pass a number from 0 to 1")
+        ok = isinstance(alpha, (int, float)) and 0 <= alpha <= 1
+        require(ok, "alpha", alpha, "pass a number from 0 to 1")
         require(train_A in ("no", "shared", "each"), "train_A", train_A, "choose no, shared or each")
         self.d_model, self.d_state, self.alpha = d_model, d_state, alpha
         A, B = (matrix.to(torch.get_default_dtype()) for matrix in hippo_legendre(measure, d_state))
@@ -269,7 +274,8 @@ class LSSL(nn.Module):
         """The impulse response K_0 ... K_{l-1} of equation (3), without D: (m h, l)."""
         check_number("l", l, int)
         d = self._discretize(rate)
-        return krylov_kernel(d.C.transpose(0, 1), d.B_bar, squares(d.A_bar, l)).flatten(0, 1)[:, :l].to(self.dtype)
+        K = krylov_kernel(d.C.transpose(0, 1), d.B_bar, squares(d.A_bar, l))
+        return K.flatten(0, 1)[:, :l].to(self.dtype)
 
     def initial_state(self, batch_size: int) -> Tensor:
         """x_{-1} = 0, (b, h, n)."""
@@ -323,7 +329,8 @@ class LSSL(nn.Module):
         d, l = self._discretize(rate), u.shape[-1]
         powers, C = squares(d.A_bar, l), d.C.transpose(0, 1)
         K = krylov_kernel(C, d.B_bar, powers)[..., :l].to(u.dtype)
-        y = fft_conv(u[:, None], torch.cat([K[..., :1] + self.D[..., None], K[..., 1:]], -1))    # (b, m, h, l)
+        K = torch.cat([K[..., :1] + self.D[..., None], K[..., 1:]], -1)      # D u: an impulse at k = 0
+        y = fft_conv(u[:, None], K)                                          # (b, m, h, l)
         if state is None:
             return y.flatten(1, 2), None
         powers = [power.to(u.dtype) for power in powers]
@@ -371,6 +378,7 @@ def demo(path: Optional[str] = None) -> None:
     noise = torch.randn(l, dtype=torch.float64)
     history = torch.fft.irfft(torch.fft.rfft(noise)[:9], l)                  # smooth: up to 8 oscillations
     history = history / history.std()
+    names = ["LegT, a window of 600 steps", "LegS, fading with 300 steps"]
     for row, (measure, dt) in enumerate([("legt", 1 / 600), ("legs", 1 / 300)]):
         ax, basis = axes[2 * row:2 * row + 2]
         ax.plot(history, color="0.7", lw=4, label="signal u")
@@ -380,14 +388,13 @@ def demo(path: Optional[str] = None) -> None:
             s = torch.arange(600 if measure == "legt" else l, dtype=torch.float64) * dt
             past = reconstruct(measure, state[0, 0].detach(), s)
             ax.plot(l - 1 - s / dt, past, lw=1.5, label=f"from the last state, n = {n}")
-        ax.set(ylim=(-3, 3), xlabel="step k", ylabel="u",
-               title=f"What the state remembers: {'LegT, a window of 600' if row == 0 else 'LegS, fading with 300'} steps")
+        ax.set(ylim=(-3, 3), xlabel="step k", ylabel="u", title=f"What the state remembers: {names[row]}")
         for i in range(4):
             one = nn.functional.one_hot(torch.tensor(i), 4).double()
-            basis.plot(-steps, reconstruct(measure, one, steps * dt).where(steps * dt <= 1 + row * 9, math.nan),
-                       label=f"i = {i}")
-        basis.set(title=f"The first basis functions of {measure.replace('leg', 'Leg').replace('t', 'T').replace('s', 'S')}",
-                  xlabel="steps before the present", ylabel="sqrt(2i+1) P_i")
+            window = steps[:600] if measure == "legt" else steps
+            basis.plot(-window, reconstruct(measure, one, window * dt), label=f"i = {i}")
+        basis.set(title=f"The first basis functions of {names[row]}", xlabel="step before the present",
+                  ylabel="sqrt(2i+1) P_i")
     for ax in axes:
         ax.legend(fontsize=8)
     figure.savefig(path, dpi=100)

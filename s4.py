@@ -2,7 +2,8 @@
 
     Gu, Goel, Re: Efficiently Modeling Long Sequences with Structured State Spaces (2021), arXiv 2111.00396
     Gu, Johnson, Timalsina, Rudra, Re: How to Train Your HiPPO (2022), arXiv 2206.12037
-    Gu, Gupta, Goel, Re: On the Parameterization and Initialization of Diagonal State Space Models, arXiv 2206.11893
+    Gu, Gupta, Goel, Re: On the Parameterization and Initialization of Diagonal State Space Models (2022),
+    arXiv 2206.11893
 
 `python s4.py` checks all modes against each other, `python s4.py figures/s4.png` draws the figure.
 
@@ -10,43 +11,47 @@ The model is the one of lssl.py: every feature u(t) drives n states, x' = A x + 
 
     x_k = A_bar x_{k-1} + B_bar u_k,     y_k = C x_k + D u_k,     K_k = C A_bar^k B_bar.              (1)
 
-What was wrong before. The HiPPO matrices, with which long memory works, are dense, and powers of a dense matrix
-cost n^3. They cannot be diagonalized in floating point either: the eigenvectors of HiPPO-LegS grow like 2^n.
+What was wrong before. The HiPPO matrices, with which long memory works, are dense, and powers of a dense
+matrix cost n^3. They cannot be diagonalized in floating point either: the eigenvectors of HiPPO-LegS grow
+like 2^n.
 
-The idea. A HiPPO matrix is normal plus low rank (NPLR), and a normal matrix has orthogonal eigenvectors V. In that
-basis A is diagonal minus low rank, with conjugate pairs of which one half is kept:
+The idea. A HiPPO matrix is normal plus low rank (NPLR), and a normal matrix has orthogonal eigenvectors V. In
+that basis A is diagonal minus low rank, with conjugate pairs of which one half is kept:
 
     A = V (Lambda - P P*) V*,     r = rank P = 1 or 2.                                                (2)
 
 The kernel. Its generating function sums the geometric series of (1), with the bilinear transform
 
-    K^(z) = sum_k K_k z^k = C (1 - z A_bar)^{-1} B_bar = 2/(1+z) C (s - A)^{-1} B,   s = 2/dt (1-z)/(1+z).   (3)
+    K^(z) = sum_k K_k z^k = C (1 - z A_bar)^{-1} B_bar = 2/(1+z) C (s - A)^{-1} B,  s = 2/dt (1-z)/(1+z).  (3)
 
 Woodbury reduces the inverse in (3) to inverses of the diagonal s - Lambda, that is to Cauchy sums
 
-    k(v) = sum_n v_n / (s - Lambda_n), a conjugate pair giving 2 (s Re v - Re(v Lambda*)) / (s^2 - 2 s Re Lambda + |Lambda|^2),
+    k(v) = sum_n v_n / (s - Lambda_n),    v = C B, C P, P* B or P* P,
 
-for v = C B, C P, P* B, P* P. The denominator is the same for all of them: one complex array (h, n/2, nodes).
+in which a conjugate pair adds 2 (s Re v - Re(v Lambda*)) / (s^2 - 2 s Re Lambda + |Lambda|^2). The
+denominator is the same for all of them: one complex array (h, n/2, nodes).
 
 Differs from the paper: (3) is evaluated on a circle of radius r < 1, z_j = r exp(-2 pi i j / M), and
 
     K_k = r^{-k} irfft(K^(z_j))_k - r^M K_{k+M} - ...                                                 (4)
 
-drops the last terms. With M = l and r^M = 1e-8, that error and the rounding of double precision amplified by r^{-k}
-are both 1e-8 (Abate and Whitt 1992 invert generating functions so). The paper takes r = 1, where nothing decays:
-its parameter is C (1 - A_bar^l) for one fixed l, has to be doubled for longer sequences, is wrong at other rates, and
-the node z = -1 is a pole. Here C is C, and any length and rate just work.
+drops the last terms. With M = l and r^M = 1e-8, that error and the rounding of double precision amplified by
+r^{-k} are both 1e-8 (Abate and Whitt 1992 invert generating functions so). The paper takes r = 1, where
+nothing decays: its parameter is C (1 - A_bar^l) for one fixed l, has to be doubled for longer sequences, is
+wrong at other rates, and the node z = -1 is a pole. Here C is C, and any length and rate just work.
 
-Why bilinear? (3) needs only s - A. Zero-order hold would need the exponential of a dense matrix. In mode "diag" it
-is the other way round, as s4d.py explains.
+Why bilinear? (3) needs only s - A. Zero-order hold would need the exponential of a dense matrix. In mode
+"diag" it is the other way round, as s4d.py explains.
 
-State and step use a real form: x = [Re; Im] of the kept half, q = [Re P; Im P], A = rot(Lambda) - 2 q q^T, real n x n.
+State and step use a real form: x = [Re; Im] of the kept half, q = [Re P; Im P], A = rot(Lambda) - 2 q q^T,
+real n x n.
 
-What is trained: log_dt, Lambda, P, B, C, D. What stays fixed by construction: Re Lambda < 0 and the sign of P P*, so
-A + A* < 0, and every |eigenvalue of A_bar| < 1.
+What is trained: log_dt, Lambda, P, B, C, D. What stays fixed by construction: Re Lambda < 0 and the sign of P
+P*, so A + A* < 0, and every |eigenvalue of A_bar| < 1.
 
-Symbols: b batch, h features (d_model), n states (d_state; n/2 are stored), l length, m channels, r rank; s copies of
-(A, B), feature i using copy i mod s; u (b, h, l), y (b, m h, l); x (b, h, n) real, in mode "diag" (b, h, n/2) complex.
+Symbols: b batch, h features (d_model), n states (d_state; n/2 are stored), l length, m channels, r rank; s
+copies of (A, B), feature i using copy i mod s; u (b, h, l), y (b, m h, l); x (b, h, n) real, in mode "diag"
+(b, h, n/2) complex.
 """
 
 import math
@@ -101,9 +106,9 @@ def learning_rates(layer: nn.Module, lr, names: dict) -> dict:
 def hippo(measure: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """A (n, n), B (n) and the low-rank correction P (r, n), real, for which A + P^T P is normal.
 
-    legs (arXiv 2111.00396, eq. 2): all of the past, scaled; A_ij = -sqrt((2i+1)(2j+1)) for i > j, -(i+1) for i = j
-    legt (arXiv 2206.12037): a sliding window; A_ij = -sqrt((2i+1)(2j+1)) / 2, times (-1)^(i-j) for i < j
-    fout (arXiv 2206.12037): a window in a Fourier basis; rotations by pi j, minus B B^T
+    legs, all of the past: A_ij = -sqrt((2i+1)(2j+1)) for i > j, -(i+1) for i = j (arXiv 2111.00396, eq. 2)
+    legt, a sliding window: A_ij = -sqrt((2i+1)(2j+1)) / 2, times (-1)^(i-j) for i < j (arXiv 2206.12037)
+    fout, a window in a Fourier basis: rotations by pi j, minus B B^T (arXiv 2206.12037)
     """
     i = torch.arange(n, dtype=torch.float64)
     root = torch.sqrt(2 * i + 1)
@@ -112,8 +117,8 @@ def hippo(measure: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
         return A, root, root[None] / 2 ** 0.5
     if measure == "legt":
         signs = torch.where(i[:, None] < i, (-1) ** (i[:, None] - i), 1.0)
-        odd = i % 2
-        return -torch.outer(root, root) * signs / 2, root / 2, torch.stack([root * (1 - odd), root * odd]) / 2 ** 0.5
+        P = torch.stack([root * (1 - i % 2), root * (i % 2)]) / 2 ** 0.5     # even and odd i
+        return -torch.outer(root, root) * signs / 2, root / 2, P
     B = torch.where(i % 2 == 0, 2 ** 0.5, 0.0)
     B[0] = 1
     rotation = torch.diag((math.pi * (i // 2) * (i % 2))[1:], -1)
@@ -121,13 +126,13 @@ def hippo(measure: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def nplr(measure: str, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Equation (2): the half with Im Lambda >= 0 of Lambda (n/2), P (r, n/2), B (n/2), V (n, n/2), complex128.
+    """Equation (2), half with Im Lambda >= 0: Lambda (n/2), P (r, n/2), B (n/2), V (n, n/2), complex128.
 
     A + P^T P = -c + S with S skew-symmetric: V are the eigenvectors of the Hermitian -i S, B becomes V* B.
     """
     A, B, P = hippo(measure, n)
     normal = A + P.mT @ P
-    if measure == "fout":     # blocks of two, written down since the double eigenvalue 0 has no unique eigenvectors
+    if measure == "fout":     # blocks of two; eigh would mix the eigenvectors of the double eigenvalue 0
         imag = math.pi * torch.arange(n // 2, dtype=torch.float64)
         V = torch.complex(torch.eye(n).double()[:, ::2], -torch.eye(n).double()[:, 1::2]) / 2 ** 0.5
     else:
@@ -146,7 +151,8 @@ def diagonal(measure: str, n: int) -> Tensor:
     if measure == "diag-real":
         return torch.complex(-1 - i, 0 * i)
     if measure == "diag-rand":
-        return torch.complex(-torch.exp(math.log(1e-3) * torch.rand_like(half)), math.pi * torch.rand_like(half))
+        real, imag = torch.rand(2, n // 2, dtype=torch.float64)
+        return torch.complex(-torch.exp(math.log(1e-3) * real), math.pi * imag)
     imag = {"diag-lin": lambda: math.pi * i,
             "diag-inv": lambda: n / math.pi * (n / (2 * i + 1) - 1),
             "diag-quad": lambda: (2 * i + 1) ** 2 / math.pi,
@@ -156,8 +162,9 @@ def diagonal(measure: str, n: int) -> Tensor:
 
 MEASURES = {   # several measures stand side by side, on alternating features
     "nplr": {"legs": ["legs"], "legt": ["legt"], "fout": ["fout"], "hippo": ["legs", "fout"]},
-    "diag": {name: [name] for name in ("diag-lin", "diag-inv", "diag-quad", "diag-real", "diag-legs", "diag-rand")}
-    | {"diag": ["diag-inv", "diag-lin"]},
+    "diag": {"diag-lin": ["diag-lin"], "diag-inv": ["diag-inv"], "diag-quad": ["diag-quad"],
+             "diag-real": ["diag-real"], "diag-legs": ["diag-legs"], "diag-rand": ["diag-rand"],
+             "diag": ["diag-inv", "diag-lin"]},
 }
 
 REAL_TYPES = {   # -Re A as a function of the parameter, and the inverse; "none" does not keep it positive
@@ -191,8 +198,8 @@ def discretize_bilinear(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tenso
 def discretize_dss(Lambda: Tensor, W: Tensor, dt: Tensor, rate: float, l_max: int) -> tuple[Tensor, Tensor]:
     """B_bar and C of DSS-softmax: C B_bar = W (e^{rate z} - 1) / (Lambda (e^{l_max z} - 1)), z = dt Lambda.
 
-    Zero-order hold of B = 1, and the normalizer in C. 1/x is conj(x) / (|x|^2 + 1e-7), finite at 0. If Re z > 0, the
-    quotient is taken with e^{-l_max z} above and below, one half of it in B_bar and one in C.
+    Zero-order hold of B = 1, and the normalizer in C. 1/x is conj(x) / (|x|^2 + 1e-7), finite at 0. If
+    Re z > 0, the quotient is taken with e^{-l_max z} above and below, and B_bar and C share the one above.
     """
     growing = (dt * Lambda).real > 0
     sign = torch.where(growing, -1.0, 1.0)
@@ -203,7 +210,10 @@ def discretize_dss(Lambda: Tensor, W: Tensor, dt: Tensor, rate: float, l_max: in
 
 
 class Discrete(NamedTuple):
-    """The recurrence (1). nplr: A_bar (h, n, n), B_bar (h, n), C (m, h, n) real; diag: complex, n/2, C with the factor 2."""
+    """The matrices of the recurrence (1), with y = Re(C x), so that C holds the factor 2 of the pairs.
+
+    nplr: A_bar (h, n, n), B_bar (h, n), C (m, h, n) real; diag: A_bar, B_bar (h, n/2), C (m, h, n/2) complex.
+    """
     A_bar: Tensor
     B_bar: Tensor
     C: Tensor
@@ -221,7 +231,7 @@ def nplr_kernel(Lambda: Tensor, B: Tensor, P: Tensor, C: Tensor, dt: Tensor, l: 
     radius = (2e-11 if exact else 1e-8) ** (1 / M)
     j = torch.arange(M // 2 + 1, dtype=torch.float64, device=dt.device)
     z = torch.polar(torch.full_like(j, radius), -2 * math.pi / M * j)
-    s = 2 * (1 - z) / (1 + z)                                                # times dt, so it serves all features
+    s = 2 * (1 - z) / (1 + z)                                                # dt s, the same for all features
     w = dt[:, None] * Lambda
     # the denominators s^2 - 2 s Re w + |w|^2 for all features, states and nodes, as one product of rank 3
     w3 = torch.stack([torch.ones_like(w.real), -2 * w.real, w.real ** 2 + w.imag ** 2], -1)
@@ -233,7 +243,7 @@ def nplr_kernel(Lambda: Tensor, B: Tensor, P: Tensor, C: Tensor, dt: Tensor, l: 
     v = torch.stack([v.real, -(v * w[:, None, None].conj()).real], 1).flatten(1, 3)
     v = torch.view_as_complex(torch.einsum("hvn,hnjc->hvjc", v, torch.view_as_real(G)))
     table = 2 * (s * v[:, :v.shape[1] // 2] + v[:, v.shape[1] // 2:]).unflatten(1, (len(rows), len(columns)))
-    # Woodbury: put 1 + P* (s - Lambda)^{-1} P into the corner and eliminate its rows and columns, one after another
+    # Woodbury: with 1 + P* (s - Lambda)^{-1} P in the corner, eliminate its r rows and columns, one by one
     r, m = len(P), len(C)
     table = table + nn.functional.pad(torch.eye(r, device=dt.device), (1, 0, m, 0))[:, :, None]
     for _ in range(r):
@@ -243,7 +253,7 @@ def nplr_kernel(Lambda: Tensor, B: Tensor, P: Tensor, C: Tensor, dt: Tensor, l: 
 
 
 def diagonal_kernel(A_bar: Tensor, CB: Tensor, l: int) -> Tensor:
-    """Re sum_n CB_n A_bar_n^k by two digits of k, as s4d.py explains: (h, n), (m, h, n) -> (m, h, l) float64."""
+    """Re sum_n CB_n A_bar_n^k by two digits of k (see s4d.py): (h, n), (m, h, n) -> (m, h, l) float64."""
     def powers(a, count):                          # a^0, a^1, ..., a^(count - 1): (h, count, n)
         p = torch.ones_like(a)[:, None]
         while p.shape[1] < count:
@@ -279,7 +289,7 @@ def two_digits(powers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def output_of_state(C: Tensor, powers: list[Tensor], x: Tensor) -> Tensor:
-    """What the state x (b, h, n) adds to the next outputs: C A_bar^{k+1} x with C (h, m, n), (b, m, h, JT)."""
+    """What the state x (b, h, n) adds to the next outputs: C A_bar^{k+1} x for C (h, m, n), (b, m, h, JT)."""
     low, high = two_digits(powers)
     rows = krylov(low, C @ powers[0])                                        # C A_bar^{i+1}: (h, T m, n)
     x = krylov([power.mT for power in high], x.transpose(0, 1))              # A_bar^{jT} x: (h, J b, n)
@@ -332,22 +342,22 @@ def channel_map(linear: nn.Linear, u: Tensor) -> Tensor:
 
 
 class S4(nn.Module):
-    """State space layer (b, h, l) -> (b, m h, l): the SSM with D, and with gate or bottleneck the block of GSS.
+    """State space layer (b, h, l) -> (b, m h, l): the SSM with D; with gate or bottleneck the block of GSS.
 
     d_model, d_state: number of features h; number of states n per feature (even)
     mode: "nplr" (S4) or "diag" (S4D and relatives)
-    measure: initial A. nplr: "legs", "legt", "fout", "hippo" (legs and fout on alternating features);
-        diag: "diag-lin", "diag-inv", "diag-quad", "diag-real", "diag-legs", "diag-rand", "diag" (inv and lin).
-        The default legs stands for diag-legs in mode diag
+    measure: initial A. nplr: "legs", "legt", "fout", "hippo" (legs and fout on alternating features); diag:
+        "diag-lin", "diag-inv", "diag-quad", "diag-real", "diag-legs", "diag-rand", "diag" (inv and lin); the
+        default legs stands for diag-legs in mode diag
     disc: nplr: "bilinear" (default). diag: "zoh" (default), "bilinear", "dss" (kernel of DSS, needs l_max)
-    real_type: -Re Lambda is "exp", "relu" or "softplus" of its parameter, or with "none" the parameter itself, and
+    real_type: -Re Lambda is "exp", "relu" or "softplus" of its parameter, or with "none" the parameter, and
         then nothing but the optimizer's luck keeps the system stable
     rank: rank of P, at least that of the measure (default); more columns start as small noise
     n_ssm: number of different (A, B), a divisor of h (default: h, one for each feature)
     channels: number m of outputs per feature; channel c of feature i is output c h + i
     bidirectional: add sum_{j >= 1} K'_{j-1} u_{k+j} with a second C; no state and no step then
-    gate, bottleneck: y = W_o((W_y SSM(GELU(W_u u))) * GELU(W_v u)), the SSM on h / bottleneck features, the gate
-        on h gate of them; each can be used without the other (see gss.py)
+    gate, bottleneck: y = W_o((W_y SSM(GELU(W_u u))) * GELU(W_v u)), the SSM on h / bottleneck features, the
+        product on h gate of them (see gss.py); each can be used without the other
     l_max: the length over which disc "dss" normalizes
     dt_min, dt_max: the step sizes start log-uniform in between, in the unit of time in which A is written
     lr: learning rates of dt, A (with P) and B for the optimizer, recorded in `ssm_lr` (see learning_rates)
@@ -366,7 +376,8 @@ class S4(nn.Module):
         check_number("dt_min", dt_min)
         check_number("dt_max", dt_max)
         require(dt_min <= dt_max, "dt_max", dt_max, f"pass at least dt_min = {dt_min}")
-        for name, value in {"rank": rank, "n_ssm": n_ssm, "gate": gate, "bottleneck": bottleneck, "l_max": l_max}.items():
+        optional = {"rank": rank, "n_ssm": n_ssm, "gate": gate, "bottleneck": bottleneck, "l_max": l_max}
+        for name, value in optional.items():
             if value is not None:
                 check_number(name, value, int)
         require(mode in MEASURES, "mode", mode, "choose nplr or diag")
@@ -376,22 +387,26 @@ class S4(nn.Module):
         disc = discs[0] if disc is None else disc
         require(disc in discs, "disc", disc, f"choose one of {', '.join(discs)} in mode {mode}")
         require(real_type in REAL_TYPES, "real_type", real_type, f"choose one of {', '.join(REAL_TYPES)}")
-        require(disc != "dss" or l_max is not None, "l_max", l_max, "disc dss needs the length that it normalizes over")
-        require(d_model % (bottleneck or 1) == 0, "bottleneck", bottleneck, f"pass a divisor of d_model = {d_model}")
+        ok = disc != "dss" or l_max is not None
+        require(ok, "l_max", l_max, "disc dss needs the length that it normalizes over")
+        ok = d_model % (bottleneck or 1) == 0
+        require(ok, "bottleneck", bottleneck, f"pass a divisor of d_model = {d_model}")
         h, n, m = d_model // (bottleneck or 1), d_state, channels * (1 + bool(bidirectional))
         names = MEASURES[mode][measure]
         s = h if n_ssm is None else n_ssm
-        require(h % s == 0 and s % len(names) == 0, "n_ssm", n_ssm, f"pass a divisor of {h}, a multiple of {len(names)}")
+        ok = h % s == 0 and s % len(names) == 0
+        require(ok, "n_ssm", n_ssm, f"pass a divisor of {h} that is a multiple of {len(names)}")
         self.d_model, self.h, self.d_state, self.channels, self.l_max = d_model, h, n, channels, l_max
         self.mode, self.disc, self.real_type, self.bidirectional = mode, disc, real_type, bool(bidirectional)
 
         Lambda, P, B = zip(*(self._initial(name, n, rank) for _ in range(s // len(names)) for name in names))
-        Lambda = torch.stack(Lambda)
+        Lambda, P, B = torch.stack(Lambda), torch.stack(P, 1), torch.stack(B)
+        real, dtype = (-Lambda.real).clamp(min=1e-4), torch.get_default_dtype()     # legt and fout: Re = 0
         self.log_dt = nn.Parameter(math.log(dt_min) + torch.rand(h) * math.log(dt_max / dt_min))
-        self.log_A_real = nn.Parameter(REAL_TYPES[real_type][1]((-Lambda.real).clamp(min=1e-4)).to(self.log_dt.dtype))
-        self.A_imag = nn.Parameter(Lambda.imag.to(self.log_dt.dtype))
-        self.P = None if mode == "diag" else nn.Parameter(torch.view_as_real(torch.stack(P, 1)).to(self.log_dt.dtype))
-        self.B = nn.Parameter(torch.view_as_real(torch.stack(B)).to(self.log_dt.dtype))
+        self.log_A_real = nn.Parameter(REAL_TYPES[real_type][1](real).to(dtype))
+        self.A_imag = nn.Parameter(Lambda.imag.to(dtype))
+        self.P = nn.Parameter(torch.view_as_real(P).to(dtype)) if mode == "nplr" else None
+        self.B = nn.Parameter(torch.view_as_real(B).to(dtype))
         self.C = nn.Parameter(torch.randn(m, h, n // 2, 2) * 0.5 ** 0.5)
         self.D = nn.Parameter(torch.randn(channels, h))
         names = {"dt": ["log_dt"], "A": ["log_A_real", "A_imag", "P"], "B": ["B"]}
@@ -409,7 +424,7 @@ class S4(nn.Module):
         if measure.startswith("diag"):
             require(rank is None, "rank", rank, "mode diag has no low-rank part, pass None")
             Lambda = diagonal(measure, n)
-            return Lambda, torch.empty(0), torch.ones_like(Lambda)
+            return Lambda, Lambda[:0], torch.ones_like(Lambda)
         Lambda, P, B, _ = nplr(measure, n)
         rank = len(P) if rank is None else rank
         require(rank >= len(P), "rank", rank, f"measure {measure} has rank {len(P)}, pass at least that")
@@ -423,8 +438,8 @@ class S4(nn.Module):
     def _parameters64(self, rate: float) -> tuple[Tensor, ...]:
         """Lambda, B (h, n/2), P (r, h, n/2), C (m, h, n/2) complex and dt (h), in double precision."""
         check_number("rate", rate)
-        complex64 = [None if p is None else torch.view_as_complex(p.double()) for p in (self.B, self.P, self.C)]
-        B, P, C = complex64
+        B, C = torch.view_as_complex(self.B.double()), torch.view_as_complex(self.C.double())
+        P = None if self.P is None else torch.view_as_complex(self.P.double())
         Lambda = torch.complex(-REAL_TYPES[self.real_type][0](self.log_A_real.double()), self.A_imag.double())
         copies = self.h // len(Lambda)
         P = None if P is None else P.repeat(1, copies, 1)
@@ -441,8 +456,10 @@ class S4(nn.Module):
             return Discrete(solved[..., :-1], solved[..., -1], 2 * torch.cat([C.real, -C.imag], -1))
         dt = dt[:, None]
         if self.disc == "dss":     # dss.py derives it; no factor 2, because DSS has single states, not pairs
-            return Discrete(torch.exp(dt * Lambda), *discretize_dss(Lambda, B * C, dt / rate, rate, self.l_max))
-        return Discrete(*(discretize_zoh if self.disc == "zoh" else discretize_bilinear)(Lambda, B, dt), 2 * C)
+            B_bar, C = discretize_dss(Lambda, B * C, dt / rate, rate, self.l_max)
+            return Discrete(torch.exp(dt * Lambda), B_bar, C)
+        discretize = discretize_zoh if self.disc == "zoh" else discretize_bilinear
+        return Discrete(*discretize(Lambda, B, dt), 2 * C)
 
     def discretize(self, rate: float = 1.0) -> Discrete:
         """A_bar, B_bar and C of the recurrence (1) at step size rate * dt."""
@@ -468,7 +485,7 @@ class S4(nn.Module):
 
     def _check_causal(self) -> None:
         """A bidirectional layer reads the whole sequence, so that it has no state."""
-        require(not self.bidirectional, "state", "bidirectional=True", "a layer with state or step needs False")
+        require(not self.bidirectional, "state", "of a bidirectional layer", "pass bidirectional=False")
 
     def initial_state(self, batch_size: int) -> Tensor:
         """x_{-1} = 0: (b, h, n) real, or in mode "diag" (b, h, n/2) complex; h / bottleneck features."""
@@ -511,7 +528,7 @@ class S4(nn.Module):
 
     def forward(self, u: Tensor, state: Optional[Tensor] = None, *, rate: float = 1.0,
                 method: str = "conv") -> tuple[Tensor, Optional[Tensor]]:
-        """A sequence: u (b, h, l), state as of initial_state, or None -> y (b, m h, l) as u, final state or None.
+        """A sequence: u (b, h, l), state or None (see initial_state) -> y (b, m h, l), final state or None.
 
         rate: factor on the step size: 2.0 for a signal sampled half as often as in training
         method: "conv", in parallel by FFT, or "step", the recurrence: the same numbers up to rounding
@@ -546,8 +563,8 @@ class S4(nn.Module):
         """The convolution with K. A state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the final state."""
         l, m = u.shape[-1], self.channels
         K = self._kernels(l, rate)
-        forward = torch.cat([K[:m, :, :1] + self.D[..., None], K[:m, :, 1:]], -1)      # D u: an impulse at k = 0
-        y = fft_conv(u[:, None], forward)                                    # (b, m, h, l)
+        past = torch.cat([K[:m, :, :1] + self.D[..., None], K[:m, :, 1:]], -1)   # D u: an impulse at k = 0
+        y = fft_conv(u[:, None], past)                                       # (b, m, h, l)
         if self.bidirectional:
             future = fft_conv(u.flip(-1)[:, None], K[m:]).flip(-1)           # sum_{j >= 0} K'_j u_{k+j}, ...
             y = y + nn.functional.pad(future[..., 1:], (0, 1))               # ... one step later

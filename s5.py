@@ -13,20 +13,22 @@ with a diagonal Lambda. Sampled with one step size for each state, this becomes 
     x_k = A_bar x_{k-1} + B_bar u_k,     y_k = C x_k + D u_k.                                         (2)
 
 What was wrong before. S4 and its relatives run h separate systems with n states each, mix the features only
-afterwards, and convolve with h kernels of the length of the sequence. S5 has one system: the mixing is in B and C,
-the state has n numbers instead of h n, and (2) itself runs in parallel.
+afterwards, and convolve with h kernels of the length of the sequence. S5 has one system: the mixing is in B
+and C, the state has n numbers instead of h n, and (2) itself runs in parallel.
 
-Why a scan? With many inputs the kernel is an (h, h) matrix for each lag, so a convolution does not pay. But (2) is
-associative: two steps in a row, x -> a x + v and then x -> a' x + v', are one, x -> a'a x + (a' v + v'). So steps can
-be combined in any order, in a tree of depth log2(l) ("associative scan"). A tree reads and writes all of
-memory at each of its levels. Two levels are enough here: cut time into blocks of about sqrt(l) steps and run the
-plain recurrence in all blocks at once. That is 3 sqrt(l) steps, each of them wide, and two passes over memory.
+Why a scan? With many inputs the kernel is an (h, h) matrix for each lag, so a convolution does not pay. But
+(2) is associative: two steps in a row, x -> a x + v and then x -> a' x + v', are one, x -> a'a x + (a' v +
+v'). So steps can be combined in any order, in a tree of depth log2(l) ("associative scan"). A tree reads and
+writes all of memory at each of its levels. Two levels are enough here: cut time into blocks of about sqrt(l)
+steps and run the plain recurrence in all blocks at once. That is 3 sqrt(l) steps, each of them wide, and two
+passes over memory.
 
-Why complex, and why 2 Re? As in s4d.py: eigenvalues of a real system come in conjugate pairs, of which p = n/2 are
-kept (conj_sym=True). With conj_sym=False all p = n are kept, and y = Re(C x).
+Why complex, and why 2 Re? As in s4d.py: eigenvalues of a real system come in conjugate pairs, of which p =
+n/2 are kept (conj_sym=True). With conj_sym=False all p = n are kept, and y = Re(C x).
 
-Initialization. Lambda are the eigenvalues of the normal part of HiPPO-LegS, of size n / blocks, once for each block;
-B and C are random in the original basis and rotated into the eigenvectors V: V^-1 B, C V (paper, section 4).
+Initialization. Lambda are the eigenvalues of the normal part of HiPPO-LegS, of size n / blocks, once for each
+block; B and C are random in the original basis and rotated into the eigenvectors V: V^-1 B, C V (paper,
+section 4).
 
 Free-running dynamics, without input, from a state (b, p):
 
@@ -101,9 +103,9 @@ def make_NPLR_HiPPO(n: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def make_DPLR_HiPPO(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Lambda (n), P (n), B (n) in the basis of the eigenvectors V (n, n) of A + P P^T, and B before: complex128.
+    """Lambda, P, B (n) in the basis of the eigenvectors V (n, n) of A + P P^T, V, and B before: complex128.
 
-    A + P P^T = -1/2 + S, S skew-symmetric, so i S is Hermitian. Lambda is in the order of ascending Im Lambda.
+    A + P P^T = -1/2 + S with a skew-symmetric S: i S is Hermitian. Lambda is sorted by ascending Im Lambda.
     """
     A, P, B = make_NPLR_HiPPO(n)
     normal = A + torch.outer(P, P)
@@ -113,8 +115,10 @@ def make_DPLR_HiPPO(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def initial_C(C_init: str, h: int, V: Tensor) -> Tensor:
-    """C V (h, p) for V (n, p): entries of C of variance 1/n (lecun_normal) or 1, cut at two standard deviations
-    (trunc_standard_normal). complex_normal draws C V itself, with variance 1.
+    """C V (h, p) for V (n, p).
+
+    The entries of C have variance 1/n (lecun_normal), or 1 and are cut at two standard deviations
+    (trunc_standard_normal); complex_normal draws C V itself, with variance 1.
     """
     n, p = V.shape
     if C_init == "complex_normal":
@@ -152,7 +156,7 @@ DISCRETIZATIONS = {"zoh": discretize_zoh, "bilinear": discretize_bilinear}
 
 
 class Discrete(NamedTuple):
-    """The recurrence (2): A_bar (p), B_bar (p, h), C (h, p), complex; y = Re(C x), so C holds the factor 2."""
+    """The recurrence (2): A_bar (p), B_bar (p, h), C (h, p) complex; y = Re(C x), so C holds the factor 2."""
     A_bar: Tensor
     B_bar: Tensor
     C: Tensor
@@ -174,10 +178,10 @@ def to_blocks(u: Tensor) -> Tensor:
 
 
 def scan_in_place(v: Tensor, a: Tensor, x: Tensor, reverse: bool = False) -> None:
-    """Replace v_k by x_k = a x_{k-1} + v_k, or with reverse by x_k = a x_{k+1} + v_k: v (T, J, b, p), x (b, p).
+    """Replace v_k by x_k = a x_{k-1} + v_k, with reverse by x_k = a x_{k+1} + v_k: v (T, J, b, p), x (b, p).
 
-    Two levels: the end of each block if it started from 0, then the true starts of the blocks one after another,
-    then all blocks again from there. Each of the T + J + T steps works on all blocks, or on all of a start, at once.
+    Two levels: the end of each block if it started from 0; then the true starts of the blocks, one by one;
+    then all blocks again from there. So T steps over all blocks at once, J small ones, and T again.
     """
     rows, blocks = v.unbind(0), range(v.shape[1])
     if reverse:
@@ -197,8 +201,8 @@ def scan_in_place(v: Tensor, a: Tensor, x: Tensor, reverse: bool = False) -> Non
 class Scan(torch.autograd.Function):
     """x_k = a x_{k-1} + v_k over v (T, J, b, p), which it overwrites; a (p) complex128, x_{-1} = x0 (b, p).
 
-    Gradient: with g_k = dL/dx_k and w_k = conj(dL/dv_k), the adjoint recurrence w_k = a w_{k+1} + conj(g_k) is the
-    same scan backwards in time; dL/da = conj(sum_k x_{k-1} w_k), dL/dx0 = conj(a w_0).
+    Gradient: with g_k = dL/dx_k and w_k = conj(dL/dv_k), the adjoint recurrence w_k = a w_{k+1} + conj(g_k)
+    is the same scan backwards in time; dL/da = conj(sum_k x_{k-1} w_k), dL/dx0 = conj(a w_0).
     """
 
     @staticmethod
@@ -242,16 +246,17 @@ class S5(nn.Module):
     disc: discretization, "zoh" or "bilinear"
     conj_sym: keep one of each conjugate pair (n / blocks even), or all n as independent complex states
     clip_eigs: use min(Re Lambda, -1e-4), so that training cannot make the system unstable
-    bidirectional: add C' x' with x'_k = A_bar x'_{k+1} + B_bar u_k, a scan from the end; no state and no step then
+    bidirectional: add C' x' with x'_k = A_bar x'_{k+1} + B_bar u_k, a scan from the end; no state and no step
     step_rescale: a constant factor on rate
-    dt_min, dt_max: the step sizes start log-uniform in between, in the unit of time in which Lambda is written
+    dt_min, dt_max: the step sizes start log-uniform in between, in the unit of time in which A is written
     lr: learning rates of dt, A (Lambda) and B for the optimizer, recorded in `ssm_lr` (see learning_rates)
     Raises ValueError for any other value.
     """
 
     def __init__(self, d_model: int, d_state: int = 64, *, blocks: int = 1, C_init: str = "lecun_normal",
-                 disc: str = "zoh", conj_sym: bool = True, clip_eigs: bool = False, bidirectional: bool = False,
-                 step_rescale: float = 1.0, dt_min: float = 1e-3, dt_max: float = 1e-1, lr=1e-3):
+                 disc: str = "zoh", conj_sym: bool = True, clip_eigs: bool = False,
+                 bidirectional: bool = False, step_rescale: float = 1.0, dt_min: float = 1e-3,
+                 dt_max: float = 1e-1, lr=1e-3):
         super().__init__()
         check_number("d_model", d_model, int)
         check_number("d_state", d_state, int, even=conj_sym)
@@ -264,9 +269,9 @@ class S5(nn.Module):
         require(disc in DISCRETIZATIONS, "disc", disc, f"choose one of {', '.join(DISCRETIZATIONS)}")
         size = d_state // blocks
         ok = size * blocks == d_state and not (conj_sym and size % 2)
-        require(ok, "blocks", blocks, f"pass a divisor of d_state = {d_state}, with an even quotient if conj_sym")
+        require(ok, "blocks", blocks, f"pass a divisor of d_state = {d_state}, its quotient even if conj_sym")
         self.d_model, self.d_state, self.disc, self.step_rescale = d_model, d_state, disc, step_rescale
-        self.conj_sym, self.clip_eigs, self.bidirectional = bool(conj_sym), bool(clip_eigs), bool(bidirectional)
+        self.conj_sym, self.clip_eigs, self.bidirectional = conj_sym, clip_eigs, bidirectional
         Lambda, _, _, V, _ = make_DPLR_HiPPO(size)
         if conj_sym:
             Lambda, V = Lambda[:size // 2], V[:, :size // 2]                 # Im Lambda < 0
@@ -275,7 +280,8 @@ class S5(nn.Module):
         C = torch.cat([initial_C(C_init, d_model, V) for _ in range(1 + self.bidirectional)], 1)
         dtype, p = torch.get_default_dtype(), len(Lambda)
         self.log_step = nn.Parameter(math.log(dt_min) + torch.rand(p) * math.log(dt_max / dt_min))
-        self.Lambda_re, self.Lambda_im = nn.Parameter(Lambda.real.to(dtype)), nn.Parameter(Lambda.imag.to(dtype))
+        self.Lambda_re = nn.Parameter(Lambda.real.to(dtype))
+        self.Lambda_im = nn.Parameter(Lambda.imag.to(dtype))
         self.B = nn.Parameter(torch.view_as_real(B).to(dtype))
         self.C = nn.Parameter(torch.view_as_real(C).to(dtype))
         self.D = nn.Parameter(torch.randn(d_model))
@@ -304,7 +310,7 @@ class S5(nn.Module):
 
     def check_causal(self) -> None:
         """A bidirectional layer reads the whole sequence, so that it has no state."""
-        require(not self.bidirectional, "state", "bidirectional=True", "a layer with state or step needs False")
+        require(not self.bidirectional, "state", "of a bidirectional layer", "pass bidirectional=False")
 
     def initial_state(self, batch_size: int) -> Tensor:
         """x_{-1} = 0, (b, p) complex."""
@@ -347,7 +353,8 @@ class S5(nn.Module):
             run = {"scan": self._scan, "conv": self._conv, "step": self._steps}[method]
             d, zero = self._discretize(rate), u.new_zeros(len(u), len(self.B), dtype=self.dtype.to_complex())
             past, future = d.C[:, :len(self.B)], d.C[:, len(self.B):]
-            y, last = run(u.to(self.dtype), zero if state is None else state.to(zero.dtype), d._replace(C=past))
+            x = zero if state is None else state.to(zero.dtype)
+            y, last = run(u.to(self.dtype), x, d._replace(C=past))
             if self.bidirectional:
                 reverse, _ = run(u.to(self.dtype).flip(-1), zero, d._replace(C=future))
                 y = y + reverse.flip(-1) - self.D[:, None] * u               # both have added D u
@@ -374,7 +381,8 @@ class S5(nn.Module):
         l = u.shape[-1]
         size = min(m << ((2 * l - 2) // m).bit_length() for m in (1, 3, 5))
         v = torch.complex(d.B_bar.real.to(u.dtype) @ u, d.B_bar.imag.to(u.dtype) @ u)        # (b, p, l)
-        v = torch.cat([v[..., :1] + (d.A_bar.to(v.dtype) * x)[..., None], v[..., 1:]], -1)   # x_{-1} enters v_0
+        start = v[..., :1] + (d.A_bar.to(v.dtype) * x)[..., None]            # x_{-1} enters as part of v_0
+        v = torch.cat([start, v[..., 1:]], -1)
         K = power_series(d.A_bar, l).to(v.dtype)
         x = torch.fft.ifft(torch.fft.fft(v, size) * torch.fft.fft(K, size))[..., :l]
         y = d.C.real.to(u.dtype) @ x.real - d.C.imag.to(u.dtype) @ x.imag

@@ -2,40 +2,43 @@
 
     Gu, Dao: Mamba: Linear-Time Sequence Modeling with Selective State Spaces (2023), arXiv 2312.00752
 
-`python selective_scan.py` checks all modes against each other, `python selective_scan.py figures/selective_scan.png`
-draws the figure.
+`python selective_scan.py` checks all modes against each other, `python selective_scan.py
+figures/selective_scan.png` draws the figure.
 
 The model. Each of the d features u drives n real numbers x of its own (paper, section 3.2, Algorithm 2),
 
     x_k = exp(dt_k A) x_{k-1} + dt_k B_k u_k,     y_k = C_k x_k + D u_k,                              (1)
     dt_k = softplus(W u_k + bias),  B_k = W_B u_k,  C_k = W_C u_k.                                    (2)
 
-What was wrong before. All layers from LSSL to LRU are time-invariant: they treat every sample alike, so they cannot
-decide by its content what to keep. In (1), dt_k -> 0 skips a sample and leaves the state as it is, and a large dt_k
-forgets the past and takes the sample in. B_k and C_k decide what goes where. A stays constant: it only ever
-appears as dt_k A, so that a selective dt makes exp(dt_k A) selective too (paper, section 3.5.2).
+What was wrong before. All layers from LSSL to LRU are time-invariant: they treat every sample alike, so they
+cannot decide by its content what to keep. In (1), dt_k -> 0 skips a sample and leaves the state as it is, and
+a large dt_k forgets the past and takes the sample in. B_k and C_k decide what goes where. A stays constant:
+it only ever appears as dt_k A, so that a selective dt makes exp(dt_k A) selective too (paper, section 3.5.2).
 
-Why no convolution? y = K * u needs the same response to each sample, whatever else the input is. Here the response
-to u_i at time k, C_k exp(A (dt_{i+1} + ... + dt_k)) dt_i B_i, depends on all samples between. So method="conv" does
-not exist, and the parallel form is a scan: two steps (a, v), (a', v') in a row are one, (a'a, a' v + v').
+Why no convolution? y = K * u needs the same response to each sample, whatever else the input is. Here the
+response to u_i at time k, C_k exp(A (dt_{i+1} + ... + dt_k)) dt_i B_i, depends on all samples between. So
+method="conv" does not exist, and the parallel form is a scan: two steps (a, v), (a', v') in a row are one,
+(a'a, a' v + v').
 
-Why B_bar = dt B and not zero-order hold? (exp(dt A) - 1) / A B = dt B (1 + dt A / 2 + ...): for small dt they agree,
-and B_k is learned anyway. The simpler one is what Mamba uses.
+Why B_bar = dt B and not zero-order hold? (exp(dt A) - 1) / A B = dt B (1 + dt A / 2 + ...): for small dt they
+agree, and B_k is learned anyway. The simpler one is what Mamba uses.
 
-"Hardware-aware" (paper, section 3.3.2) means: the states (b, d, l, n) are n times as large as the input, so do not
-write them to main memory; compute them where they are used, and once more in the backward pass. Its CUDA kernel
-keeps them in registers. In PyTorch the same idea works in blocks of about sqrt(l) steps:
+"Hardware-aware" (paper, section 3.3.2) means: the states (b, d, l, n) are n times as large as the input, so
+do not write them to main memory; compute them where they are used, and once more in the backward pass. Its
+CUDA kernel keeps them in registers. In PyTorch the same idea works in blocks of about sqrt(l) steps:
 
-    1. run all blocks at once from the state 0, step by step, keeping only the current state of each; this gives
-       the ends, and exp(A sum dt) the decay over a block: from both, one block after another, the true start of each;
+    1. run all blocks at once from the state 0, step by step, keeping only the current state of each. This
+       gives their ends, and exp(A sum dt) is the decay over a block: from both follows the true start of each
+       block, one block after another;
     2. run all blocks again from their true starts, and emit y.
 
-Backward, the starts of the blocks are what was saved. The adjoint m = dL/dx runs the same two passes backwards in
-time, and the states are recomputed for a few blocks at a time. So memory is O(b d n sqrt(l)) beyond input and output.
-A cumulative product of exp(dt A) and a division by it would be shorter, but it underflows: exp(-100) / exp(-100).
+So memory is O(b d n sqrt(l)) beyond input and output. Backward, the starts of the blocks are what was saved.
+The adjoint m = dL/dx runs the same two passes backwards in time, and the states are recomputed for an eighth
+of the blocks at a time. A cumulative product of exp(dt A) and a division by it would be shorter, but it
+underflows: exp(-100) / exp(-100).
 
-Symbols: b batch, d features, n states per feature (d_state), l length; u, dt, y, z (b, d, l); B, C (b, n, l); A (d, n);
-x (b, d, n), inside the scan (b, n, d); blocks: time k = jT + i, as (T, J, ...).
+Symbols: b batch, d features, n states per feature (d_state), l length; u, dt, y, z (b, d, l); B, C (b, n, l);
+A (d, n); x (b, d, n), inside the scan (b, n, d); blocks: time k = jT + i, as (T, J, ...).
 """
 
 import math
@@ -96,7 +99,7 @@ def to_blocks(u: Tensor) -> Tensor:
 
 
 class SelectiveScan(torch.autograd.Function):
-    """x_k = exp(dt_k A) x_{k-1} + B_k v_k, y_k = C_k x_k, in blocks; a zero dt after the end keeps the last state.
+    """x_k = exp(dt_k A) x_{k-1} + B_k v_k, y_k = C_k x_k, in blocks. dt = 0 after the end keeps the state.
 
     dt, v (T, J, b, d), B, C (T, J, b, n), A (n, d), x0 (b, n, d) -> y (T, J, b, d), last state (b, n, d).
     """
@@ -135,7 +138,7 @@ class SelectiveScan(torch.autograd.Function):
         del decay
         grad_dt, grad_v, grad_B, grad_C = (torch.empty_like(t) for t in (dt, v, B, C))
         grad_A = torch.zeros_like(A)
-        group = max(1, len(m) // 8)                                          # blocks whose states are kept at a time
+        group = max(1, len(m) // 8)                                          # blocks with states in memory
         for first in range(0, len(m), group):
             j = slice(first, first + group)
             states, decays = [starts[j]], []
@@ -171,10 +174,11 @@ def selective_scan_fn(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     check_tensor("u", u, ("b", "d", "l"))
     check_tensor("A", A, (u.shape[1], "n"))
     (b, d, l), n = u.shape, A.shape[1]
-    for name, x, shape in (("delta", delta, (b, d, l)), ("B", B, (b, n, l)), ("C", C, (b, n, l)), ("D", D, (d,)),
-                           ("z", z, (b, d, l)), ("delta_bias", delta_bias, (d,)),
+    for name, x, shape in (("delta", delta, (b, d, l)), ("B", B, (b, n, l)), ("C", C, (b, n, l))):
+        check_tensor(name, x, shape)
+    for name, x, shape in (("D", D, (d,)), ("z", z, (b, d, l)), ("delta_bias", delta_bias, (d,)),
                            ("initial_state", initial_state, (b, d, n))):
-        if x is not None or name in ("delta", "B", "C"):
+        if x is not None:
             check_tensor(name, x, shape)
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
     with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):      # 16 bits would not do
@@ -185,7 +189,8 @@ def selective_scan_fn(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
         if scan is not None:
             y, x = scan(dt, dt * v, B, C, A, x)
         else:
-            y, x = SelectiveScan.apply(*(to_blocks(s) for s in (dt, dt * v, B, C)), A.mT.contiguous(), x.mT.contiguous())
+            blocks = [to_blocks(s) for s in (dt, dt * v, B, C)]
+            y, x = SelectiveScan.apply(*blocks, A.mT.contiguous(), x.mT.contiguous())
             y, x = y.permute(2, 3, 1, 0).flatten(2)[..., :l], x.mT
         y = y if D is None else torch.addcmul(y, v, D.to(dtype)[:, None])
         y = y if z is None else y * nn.functional.silu(z.to(dtype))
@@ -193,7 +198,7 @@ def selective_scan_fn(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
 
 
 def step_by_step(dt: Tensor, v: Tensor, B: Tensor, C: Tensor, A: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x_k = exp(dt_k A) x_{k-1} + B_k v_k, y_k = C_k x_k: dt, v (b, d, l), x (b, d, n) -> y (b, d, l), last x.
+    """x_k = exp(dt_k A) x_{k-1} + B_k v_k, y_k = C_k x_k: v (b, d, l), x (b, d, n) -> y (b, d, l), last x.
 
     In double precision: rounding adds up over the steps.
     """
@@ -210,8 +215,8 @@ def selective_scan_seq(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor
                        delta_softplus: bool = False, return_last_state: bool = False,
                        initial_state: Optional[Tensor] = None):
     """selective_scan_fn by the recurrence as it stands, one step after another."""
-    return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, initial_state,
-                             scan=step_by_step)
+    return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state,
+                             initial_state, scan=step_by_step)
 
 
 # ---- the layers ----
@@ -232,8 +237,8 @@ class SelectiveSSM(nn.Module):
     Raises ValueError for any other value. A starts at -1, ..., -n (S4D-Real), D at 1.
     """
 
-    def __init__(self, d_model: int, d_state: int = 16, *, dt_rank: Union[int, str] = "auto", dt_min: float = 1e-3,
-                 dt_max: float = 1e-1, lr=None):
+    def __init__(self, d_model: int, d_state: int = 16, *, dt_rank: Union[int, str] = "auto",
+                 dt_min: float = 1e-3, dt_max: float = 1e-1, lr=None):
         super().__init__()
         check_number("d_model", d_model, int)
         check_number("d_state", d_state, int)
@@ -291,7 +296,7 @@ class SelectiveSSM(nn.Module):
         """A sequence: u (b, d, l), state (b, d, n) or None -> y (b, d, l) as u, final state or None.
 
         rate: factor on every dt_k: 2.0 for a signal sampled half as often as in training
-        method: "scan", in parallel, or "step", the recurrence; "conv" cannot exist, since the system varies with time
+        method: "scan", in parallel, or "step", the recurrence; "conv" cannot exist for a time-varying system
         """
         check_tensor("u", u, ("b", self.d_model, "l"))
         require(method in ("scan", "step"), "method", method, "choose scan or step")
@@ -303,7 +308,8 @@ class SelectiveSSM(nn.Module):
     def _selected(self, u: Tensor, rate: float) -> tuple[Tensor, Tensor, Tensor]:
         """Equation (2): u (b, d, l) -> dt (b, d, l), B (b, n, l), C (b, n, l)."""
         with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # 16 bits would not do
-            low, B, C = (self.x_proj.weight.to(u.dtype) @ u).split([self.dt_rank, self.d_state, self.d_state], 1)
+            selected = self.x_proj.weight.to(u.dtype) @ u
+            low, B, C = selected.split([self.dt_rank, self.d_state, self.d_state], 1)
             dt = self.dt_proj.weight.to(u.dtype) @ low + self.dt_proj.bias.to(u.dtype)[:, None]
             return rate * nn.functional.softplus(dt), B, C
 
@@ -316,7 +322,7 @@ class SelectiveSSM(nn.Module):
 
 
 class MambaState(NamedTuple):
-    """The last d_conv - 1 inputs of the convolution (b, d, d_conv - 1), and the state of the SSM (b, d, n)."""
+    """The last d_conv - 1 inputs of the convolution (b, d, d_conv - 1) and the state of the SSM (b, d, n)."""
     inputs: Tensor
     ssm: Tensor
 
@@ -351,14 +357,15 @@ class Mamba(SelectiveSSM):
 
     def check_state(self, state: MambaState, b: int) -> None:
         """state must be the pair (inputs (b, d, d_conv - 1), ssm (b, d, n))."""
-        require(isinstance(state, tuple) and len(state) == 2, "state", type(state), "pass a pair as of initial_state")
+        ok = isinstance(state, tuple) and len(state) == 2
+        require(ok, "state", type(state), "pass a pair (inputs, ssm) such as initial_state returns")
         if self.d_conv > 1:
             check_tensor("state", state[0], (b, self.d_inner, self.d_conv - 1))
         super().check_state(state[1], b)
 
     def step(self, u: Tensor, state: MambaState, *, rate: float = 1.0,
              discrete: Optional[Discrete] = None) -> tuple[Tensor, MambaState]:
-        """One step of the block: u (b, h) -> o (b, h) and the next state; discrete as of SelectiveSSM.step."""
+        """One step of the block: u (b, h) -> o (b, h) and the next state; discrete: see SelectiveSSM.step."""
         check_tensor("u", u, ("b", self.d_model))
         self.check_state(state, u.shape[0])
         d = self.discretize(rate) if discrete is None else discrete
@@ -367,7 +374,7 @@ class Mamba(SelectiveSSM):
 
     def forward(self, u: Tensor, state: Optional[MambaState] = None, *, rate: float = 1.0,
                 method: str = "scan") -> tuple[Tensor, Optional[MambaState]]:
-        """A sequence: u (b, h, l), state or None -> o (b, h, l) as u, final state or None; as of SelectiveSSM."""
+        """A sequence: u (b, h, l), state or None -> o (b, h, l), final state or None; see SelectiveSSM."""
         check_tensor("u", u, ("b", self.d_model, "l"))
         require(method in ("scan", "step"), "method", method, "choose scan or step")
         if state is not None:
@@ -419,14 +426,14 @@ def demo(path: Optional[str] = None) -> None:
         return
     # a layer set by hand: features (value, flag, 1); the flag opens dt, and the state holds the flagged value
     hand = SelectiveSSM(3, 1, dt_rank=1).requires_grad_(False)
-    hand.x_proj.weight.copy_(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.1, 0.0], [0.0, 0.0, 1.0]]))      # dt, B, C
+    hand.x_proj.weight.copy_(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.1, 0.0], [0.0, 0.0, 1.0]]))  # dt, B, C
     hand.dt_proj.weight.fill_(18.0), hand.dt_proj.bias.fill_(-8.0), hand.D.zero_()
     value = 0.7 * torch.randn(200)
     flag = torch.zeros(200).index_fill(0, torch.tensor([20, 60, 95, 150]), 1.0)
     u = torch.stack([value, flag, torch.ones(200)])[None]
     dt = hand._selected(u, 1.0)[0][0, 0]
-    even, _ = selective_scan_fn(u[:, :1], torch.full((1, 1, 200), 0.1), -torch.ones(1, 1), *torch.ones(2, 1, 1, 200),
-                                return_last_state=True)
+    one = torch.ones(1, 1, 200)
+    even = selective_scan_fn(u[:, :1], 0.1 * one, -torch.ones(1, 1), one, one)
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 8), layout="constrained")
     signal, steps, memory = axes = list(figure.subplots(3, 1, sharex=True))
