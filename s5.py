@@ -169,37 +169,30 @@ def as_real(z: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.view_as_real(z.to(dtype.to_complex())).flatten(-2)
 
 
-def to_blocks(u: Tensor) -> Tensor:
-    """(b, h, l) -> (T, J, b, h) with time k = jT + i, i < T, and T about sqrt(l); zeros after the end."""
-    l = u.shape[-1]
-    T = math.isqrt(l - 1) + 1
-    J = -(-l // T)
-    return nn.functional.pad(u, (0, J * T - l)).unflatten(-1, (J, T)).permute(3, 2, 0, 1)
-
-
 def scan_in_place(v: Tensor, a: Tensor, x: Tensor, reverse: bool = False) -> None:
-    """Replace v_k by x_k = a x_{k-1} + v_k, with reverse by x_k = a x_{k+1} + v_k: v (T, J, b, p), x (b, p).
+    """Replace v_k by x_k = a x_{k-1} + v_k, with reverse by x_k = a x_{k+1} + v_k: v (b, J, T, n), x (b, n).
 
-    Two levels: the end of each block if it started from 0; then the true starts of the blocks, one by one;
-    then all blocks again from there. So T steps over all blocks at once, J small ones, and T again.
+    Time is k = jT + i. Two levels: the end of each block j if it started from 0; then the true starts of the
+    blocks, one by one; then all blocks again from there. So T steps over all blocks at once, J small ones, and
+    T again.
     """
-    rows, blocks = v.unbind(0), range(v.shape[1])
+    steps, blocks = v.unbind(2), range(v.shape[1])
     if reverse:
-        rows, blocks = rows[::-1], blocks[::-1]
-    a, a_T = a.to(v.dtype), a.expand(len(v), -1).prod(0).to(v.dtype)         # a^T in double precision
-    ends = rows[0]
-    for row in rows[1:]:
-        ends = torch.addcmul(row, ends, a)
+        steps, blocks = steps[::-1], blocks[::-1]
+    a, a_T = a.to(v.dtype), a.expand(len(steps), -1).prod(0).to(v.dtype)     # a^T in double precision
+    ends = steps[0]
+    for v_i in steps[1:]:
+        ends = torch.addcmul(v_i, ends, a)
     starts = torch.empty_like(ends)
     for j in blocks:
-        starts[j] = x
-        x = torch.addcmul(ends[j], x, a_T)
-    for row in rows:
-        starts = row.addcmul_(starts, a)
+        starts[:, j] = x
+        x = torch.addcmul(ends[:, j], x, a_T)
+    for v_i in steps:
+        starts = v_i.addcmul_(starts, a)
 
 
 class Scan(torch.autograd.Function):
-    """x_k = a x_{k-1} + v_k over v (T, J, b, p), which it overwrites; a (p) complex128, x_{-1} = x0 (b, p).
+    """x_k = a x_{k-1} + v_k over v (b, J, T, n), which it overwrites; a (n) complex128, x_{-1} = x0 (b, n).
 
     Gradient: with g_k = dL/dx_k and w_k = conj(dL/dv_k), the adjoint recurrence w_k = a w_{k+1} + conj(g_k)
     is the same scan backwards in time; dL/da = conj(sum_k x_{k-1} w_k), dL/dx0 = conj(a w_0).
@@ -218,13 +211,14 @@ class Scan(torch.autograd.Function):
         x, a, x0 = ctx.saved_tensors
         w = torch.empty_like(x).copy_(g).conj_physical_()
         scan_in_place(w, a, torch.zeros_like(x0), reverse=True)
-        previous, total = torch.cat([x0[None], x[-1, :-1]]), torch.zeros_like(x[0])
-        for x_row, w_row in zip(x, w):
-            total.addcmul_(previous, w_row)
-            previous = x_row
-        grad_a = torch.view_as_real(total).sum((0, 1))
-        grad_x0 = (a.to(w.dtype) * w[0, 0]).conj()
-        return w.conj_physical_(), torch.view_as_complex(grad_a).conj().to(a.dtype), grad_x0
+        previous = torch.cat([x0[:, None], x[:, :-1, -1]], 1)                # x_{k-1} for the start of each block
+        total = torch.zeros_like(previous)
+        for x_i, w_i in zip(x.unbind(2), w.unbind(2)):
+            total.addcmul_(previous, w_i)
+            previous = x_i
+        grad_a = torch.view_as_complex(torch.view_as_real(total).sum((0, 1))).conj().to(a.dtype)
+        grad_x0 = (a.to(w.dtype) * w[:, 0, 0]).conj()
+        return w.conj_physical_(), grad_a, grad_x0
 
 
 def power_series(a: Tensor, count: int) -> Tensor:
@@ -370,11 +364,14 @@ class S5(nn.Module):
 
     def _scan(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
         """B_bar u, the scan in two levels, C x; both products as real matrix products."""
-        l, u = u.shape[-1], to_blocks(u)                                     # (T, J, b, h)
-        v = torch.view_as_complex((u @ as_real(d.B_bar.mT, u.dtype)).unflatten(-1, (-1, 2)))
-        x = Scan.apply(v, d.A_bar, x)                                        # (T, J, b, p)
-        y = as_real(x, u.dtype) @ as_real(d.C.conj_physical(), u.dtype).mT + self.D * u
-        return y.permute(2, 3, 1, 0).flatten(2)[..., :l], x[(l - 1) % len(x), -1]
+        b, l = len(u), u.shape[-1]
+        T = math.isqrt(l - 1) + 1                                            # about sqrt(l) steps, in ...
+        J = -(-l // T)                                                       # ... about sqrt(l) blocks
+        v = nn.functional.pad(u, (0, J * T - l)).mT @ as_real(d.B_bar.mT, u.dtype)               # (b, JT, 2p)
+        v = torch.view_as_complex(v.unflatten(-1, (-1, 2))).unflatten(1, (J, T))
+        x = Scan.apply(v, d.A_bar, x).flatten(1, 2)[:, :l]                   # (b, l, p)
+        C = as_real(d.C.conj_physical(), u.dtype).expand(b, -1, -1)
+        return torch.addcmul(C @ as_real(x, u.dtype).mT, self.D[:, None], u), x[:, -1]
 
     def _conv(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
         """The same by FFT: each state convolves its input B_bar u with the powers A_bar^k."""
