@@ -1,4 +1,4 @@
-"""What is particular to s4.py: HiPPO and its NPLR form, the kernel, what S4 becomes as S4D, DSS and GSS, its options."""
+"""What is particular to s4.py: HiPPO and its NPLR form, the kernel, S4 as S4D, DSS and GSS, the options."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_hippo_is_normal_plus_low_rank(measure, n):
     assert len(P) == (2 if measure == "legt" else 1)
     square = normal @ normal.mT
     assert (square - normal.mT @ normal).abs().max() <= 1e-10 * square.abs().max()
-    assert (normal + normal.mT - 2 * normal[0, 0] * torch.eye(n)).abs().max() <= 1e-10     # -c + skew-symmetric
+    assert (normal + normal.mT - 2 * normal[0, 0] * torch.eye(n)).abs().max() <= 1e-10   # -c + skew-symmetric
 
 
 def test_eigenvalues_of_legs_are_the_negative_integers():
@@ -61,14 +61,14 @@ def test_nplr_reconstructs_hippo(measure, n):
     A, B, P = hippo(measure, n)
     Lambda, P_half, B_half, V = nplr(measure, n)
     assert (Lambda.imag >= -1e-12).all() and (Lambda.real <= 0).all()
-    both = torch.cat([V, V.conj()], 1)                       # the eigenvectors of the other half are the conjugates
+    both = torch.cat([V, V.conj()], 1)                       # the other half has the conjugate eigenvectors
     identity = torch.eye(n, dtype=torch.complex128)
     assert error(both.mH @ both, identity) <= 1e-12 and error(both @ both.mH, identity) <= 1e-12
     Lambda, P_both = torch.cat([Lambda, Lambda.conj()]), torch.cat([P_half, P_half.conj()], 1).mT
     assert error(both @ (torch.diag(Lambda) - P_both @ P_both.mH) @ both.mH, A.to(both.dtype)) <= 1e-12
     assert error(2 * (V @ B_half).real, B) <= 1e-12 and error(2 * (V @ P_half.mT).real, P.mT) <= 1e-12
     real, split = real_form(Lambda[None, :n // 2], P_half[:, None])[0], torch.cat([V.real, -V.imag], 1)
-    assert error(2 * split @ real @ split.mT, A) <= 1e-12    # the real form is A in the basis of Re V and -Im V
+    assert error(2 * split @ real @ split.mT, A) <= 1e-12    # the real form: A in the basis Re V, -Im V
 
 
 @pytest.mark.parametrize("measure", NPLR)
@@ -76,9 +76,9 @@ def test_nplr_is_the_official_one(measure):
     g = load(f"s4_nplr_{measure}")
     Lambda, P, B, _ = nplr(measure, 16)
     order, theirs = Lambda.imag.argsort(descending=True), np.argsort(g["hippo_w"].imag)
-    assert error(Lambda[order], g["hippo_w"][theirs].conj()) <= 1e-10    # they keep the other half of each pair,
-    expected = (g["hippo_P"] * g["hippo_B_nplr_noclip"].conj())[::-1, theirs].conj()    # legt's P the other way
-    assert error((P * B.conj())[:, order], expected) <= 1e-10            # round; phases cancel in P B*
+    assert error(Lambda[order], g["hippo_w"][theirs].conj()) <= 1e-10    # they keep the other half of a pair,
+    expected = (g["hippo_P"] * g["hippo_B_nplr_noclip"].conj())[::-1, theirs].conj()    # P_1 before P_0
+    assert error((P * B.conj())[:, order], expected) <= 1e-10            # and any phase, which cancels in P B*
 
 
 @pytest.mark.parametrize("measure", NPLR)
@@ -86,13 +86,15 @@ def test_kernel_is_that_of_the_original_dense_system(measure):
     n, l, dt = 32, 100, torch.tensor([0.01, 0.2], dtype=torch.float64)
     A, B, _ = hippo(measure, n)
     Lambda, P, B_half, V = nplr(measure, n)
+    Lambda, B_half, P = Lambda.repeat(2, 1), B_half.repeat(2, 1), P[:, None].repeat(1, 2, 1)
     C = signal(3, 2, n, dtype=torch.float64)                 # (m, h, n), for the original coordinates
-    K = nplr_kernel(Lambda.repeat(2, 1), B_half.repeat(2, 1), P[:, None].repeat(1, 2, 1), C.to(V.dtype) @ V, dt, l, True)
+    K = nplr_kernel(Lambda, B_half, P, C.to(V.dtype) @ V, dt, l, True)
     impulse = np.zeros((1, l))
     impulse[0, 0] = 1
     for i in range(2):
         A_bar, B_bar = oracle.bilinear(A.numpy(), B.numpy(), dt[i].item())
-        expected, _ = oracle.simulate(A_bar, B_bar[:, None], C[:, i].numpy(), np.zeros((3, 1)), impulse, np.zeros(n))
+        D, x = np.zeros((3, 1)), np.zeros(n)
+        expected, _ = oracle.simulate(A_bar, B_bar[:, None], C[:, i].numpy(), D, impulse, x)
         assert error(K[:, i], expected) <= 1e-9
 
 
@@ -106,7 +108,8 @@ def test_kernel_function_at_any_rank(rank, exact, tolerance):
     for l in (1, 2, 7, 64, 65, 200):
         K, identity = nplr_kernel(Lambda, B[0], P, C, dt, l, exact), torch.eye(16).double()
         half = dt[:, None, None] / 2 * real_form(Lambda, P)
-        x = torch.linalg.solve(identity - half, (dt[:, None] * torch.cat([B[0].real, B[0].imag], -1))[..., None])
+        dtB = dt[:, None] * torch.cat([B[0].real, B[0].imag], -1)
+        x = torch.linalg.solve(identity - half, dtB[..., None])
         A_bar, expected = torch.linalg.solve(identity - half, identity + half), []
         for _ in range(l):
             expected.append(2 * torch.einsum("mhn,hnk->mh", torch.cat([C.real, -C.imag], -1), x))
@@ -136,7 +139,7 @@ def test_random_initializations():
     assert 1e-3 <= (-A.real).min() and (-A.real).max() <= 1 and abs((-A.real).log10().mean() + 1.5) < 0.05
     assert 0 <= A.imag.min() and A.imag.max() <= math.pi and abs(A.imag.mean() - math.pi / 2) < 0.05
     dt = S4(5000, 2, n_ssm=1, dt_min=0.01, dt_max=0.1).log_dt.exp()
-    assert dt.min() >= 0.0099 and dt.max() <= 0.1001 and abs(dt.log().mean() - math.log(0.01 * 0.1) / 2) < 0.05
+    assert dt.min() >= 0.0099 and dt.max() <= 0.1001 and abs(dt.log10().mean() + 1.5) < 0.05
 
 
 def test_mixed_measures_alternate_over_the_features():
@@ -156,8 +159,8 @@ def test_mixed_measures_alternate_over_the_features():
 def test_diagonal_s4_is_s4d(disc):
     u = signal(2, 3, 100, dtype=torch.float64)
     s4 = S4(3, 16, mode="diag", measure="diag-lin", disc=disc).double()
-    s4d = copy_parameters(S4D(3, 16, disc=disc).double(), log_dt=s4.log_dt, log_A_real=s4.log_A_real, A_imag=s4.A_imag,
-                          C=s4.C[0], D=s4.D[0])
+    s4d = copy_parameters(S4D(3, 16, disc=disc).double(), log_dt=s4.log_dt, log_A_real=s4.log_A_real,
+                          A_imag=s4.A_imag, C=s4.C[0], D=s4.D[0])
     x = random_state(s4d, 2)
     for rate in (1.0, 1.7):
         (y, last), (y4, last4) = s4d(u, x, rate=rate), s4(u, x, rate=rate)
@@ -168,14 +171,15 @@ def test_diagonal_s4_is_s4d(disc):
 @pytest.mark.parametrize("growing", [False, True])
 def test_diagonal_s4_with_disc_dss_is_dss(growing):
     u = signal(2, 3, 100, dtype=torch.float64)
-    s4 = S4(3, 16, mode="diag", measure="diag-legs", disc="dss", n_ssm=1, real_type="none", l_max=100).double()
+    s4 = S4(3, 16, mode="diag", disc="dss", l_max=100, n_ssm=1, real_type="none").double()
     dss = DSS(3, 8, l_max=100).double()
     assert error(dss.Lambda_re, -s4.log_A_real[0]) <= 1e-6 and error(dss.Lambda_im, s4.A_imag[0]) <= 1e-6
     s4.B.data.normal_()
     if growing:
         s4.log_A_real.data.copy_(torch.linspace(1, -2, 8))
     W = torch.view_as_real(torch.view_as_complex(s4.B) * torch.view_as_complex(s4.C[0]))
-    copy_parameters(dss, log_dt=s4.log_dt, Lambda_re=-s4.log_A_real[0], Lambda_im=s4.A_imag[0], W=W, D=s4.D[0])
+    copy_parameters(dss, log_dt=s4.log_dt, Lambda_re=-s4.log_A_real[0], Lambda_im=s4.A_imag[0], W=W,
+                    D=s4.D[0])
     x = random_state(dss, 2)
     for rate in (0.5, 1.0):
         (y, last), (y4, last4) = dss(u, x, rate=rate), s4(u, x, rate=rate)
@@ -183,12 +187,14 @@ def test_diagonal_s4_with_disc_dss_is_dss(growing):
 
 
 def test_gated_s4_is_gss():
-    u, options = signal(2, 8, 100, dtype=torch.float64), {"dt_min": 1.0, "dt_max": 1.0}
-    s4 = S4(8, 16, gate=4, bottleneck=4, mode="diag", measure="diag-rand", lr={"dt": 0.0, "B": 0.0}, **options).double()
+    u = signal(2, 8, 100, dtype=torch.float64)
+    s4 = S4(8, 16, gate=4, bottleneck=4, mode="diag", measure="diag-rand", dt_min=1.0, dt_max=1.0,
+            lr={"dt": 0.0, "B": 0.0}).double()
     gss = GSS(8, 8).double()
     maps = {name: p for name, p in s4.named_parameters() if "linear" in name or "gate" in name}
     assert maps.keys() == {name for name, _ in gss.named_parameters() if "linear" in name or "gate" in name}
-    copy_parameters(gss, log_dt=s4.log_dt, log_A_real=s4.log_A_real, A_imag=s4.A_imag, C=2 * s4.C[0], D=s4.D[0], **maps)
+    copy_parameters(gss, log_dt=s4.log_dt, log_A_real=s4.log_A_real, A_imag=s4.A_imag, C=2 * s4.C[0],
+                    D=s4.D[0], **maps)                       # 2 Re for pairs there, Re for single states here
     x = random_state(gss, 2)
     for rate in (1.0, 2.0):
         (y, last), (y4, last4) = gss(u, x, rate=rate), s4(u, x, rate=rate)
@@ -199,7 +205,7 @@ def test_gated_s4_is_gss():
 
 # ---- accuracy ----
 
-@pytest.mark.parametrize("n, lengths", [(2, [1, 2, 3, 100]), (64, [1, 2, 5, 99, 1024, 4096]), (256, [1, 3, 31, 1500])])
+@pytest.mark.parametrize("n, lengths", [(2, [1, 2, 3, 99]), (64, [1, 2, 5, 1024, 4096]), (256, [1, 31, 1100])])
 @pytest.mark.parametrize("measure", NPLR + ["diag-lin"])
 def test_single_precision_at_any_length(measure, n, lengths):
     torch.manual_seed(0)
@@ -215,7 +221,7 @@ def test_single_precision_at_any_length(measure, n, lengths):
 @pytest.mark.parametrize("measure", NPLR)
 def test_many_states_against_the_dense_recurrence(measure):
     torch.manual_seed(0)
-    layer, u = S4(1, 256, measure=measure), signal(1, 1, 30)
+    layer, u = S4(1, 256, measure=measure), signal(1, 1, 20)
     y, last = layer(u, random_state(layer, 1))
     expected, expected_last = oracle.s4_nplr(parameters(layer), u.double().numpy(),
                                              random_state(layer, 1).double().numpy())
@@ -236,8 +242,9 @@ def test_gradients_of_the_convolution_are_those_of_the_recurrence(measure):
 
 @pytest.mark.parametrize("base, options", [
     ({}, {"mode": "diag"}), ({}, {"measure": "legt"}), ({}, {"measure": "fout"}), ({}, {"measure": "hippo"}),
-    ({}, {"rank": 2}), ({}, {"channels": 2}), ({}, {"bidirectional": True}), ({}, {"gate": 2}), ({}, {"bottleneck": 2}),
-    ({"gate": 2}, {"gate": 3}), ({"bottleneck": 2}, {"bottleneck": 4}), ({}, {"dt_min": 0.05}), ({}, {"dt_max": 0.01}),
+    ({}, {"rank": 2}), ({}, {"channels": 2}), ({}, {"bidirectional": True}), ({}, {"gate": 2}),
+    ({}, {"bottleneck": 2}), ({"gate": 2}, {"gate": 3}), ({"bottleneck": 2}, {"bottleneck": 4}),
+    ({}, {"dt_min": 0.05}), ({}, {"dt_max": 0.01}),
     *(({"mode": "diag"}, {"measure": measure}) for measure in MEASURES["diag"] if measure != "diag-legs"),
     ({"mode": "diag"}, {"disc": "bilinear"}), ({"mode": "diag"}, {"disc": "dss", "l_max": 60}),
     ({"mode": "diag", "disc": "dss", "l_max": 60}, {"l_max": 90}),
@@ -260,7 +267,7 @@ def test_real_types_start_at_the_same_system_and_can_be_trained(real_type, measu
         torch.manual_seed(0)
         layers.append(S4(2, 16, mode=mode, measure=measure, real_type=option))
     assert error(layers[1].kernel(99), layers[0].kernel(99)) <= 1e-5
-    assert (error(layers[1].log_A_real, layers[0].log_A_real) > 0.1) == (real_type != "exp")
+    assert torch.equal(layers[1].log_A_real, layers[0].log_A_real) == (real_type == "exp")
     layers[1](signal(1, 2, 99))[0].square().sum().backward()
     assert all((p.grad != 0).any() for p in layers[1].parameters())
 
@@ -279,9 +286,10 @@ def test_layout_of_the_parameters():
     assert shapes(6, 16, channels=3, bidirectional=True) == plain | {"C": (6, 6, 8, 2), "D": (3, 6)}
     assert shapes(6, 16, mode="diag") == {name: shape for name, shape in plain.items() if name != "P"}
     block = shapes(6, 16, gate=2, bottleneck=3, channels=5)
-    assert {name: shape for name, shape in block.items() if "." in name} == {"input_linear.weight": (2, 6), "input_linear.bias": (2,), "input_gate.weight": (12, 6),
-                      "input_gate.bias": (12,), "output_gate.weight": (12, 10), "output_gate.bias": (12,),
-                      "output_linear.weight": (30, 12), "output_linear.bias": (30,)}
+    assert {name: shape for name, shape in block.items() if "." in name} == {
+        "input_linear.weight": (2, 6), "input_linear.bias": (2,), "input_gate.weight": (12, 6),
+        "input_gate.bias": (12,), "output_gate.weight": (12, 10), "output_gate.bias": (12,),
+        "output_linear.weight": (30, 12), "output_linear.bias": (30,)}
 
 
 def test_learning_rates_freeze():
@@ -304,31 +312,32 @@ def test_bidirectional_layer_is_two_direct_sums(options):
         y[..., k] = D * v[..., k] + sum(past[..., i] * v[..., k - i] for i in range(k + 1))
         y[..., k] += sum(future[..., j - 1] * v[..., k + j] for j in range(1, l - k))
     assert error(layer(u, rate=1.7)[0], y.reshape(2, 6, l)) <= 1e-10
-    assert error(layer(u[..., :1])[0].reshape(2, 2, 3, 1), (D + layer.kernel(1)[:6].detach().numpy().reshape(2, 3))
-                 [..., None] * v[..., :1]) <= 1e-10
+    present = D + layer.kernel(1).detach().numpy()[:6].reshape(2, 3)
+    assert error(layer(u[..., :1])[0], (present[..., None] * v[..., :1]).reshape(2, 6, 1)) <= 1e-10
 
 
 def test_bidirectional_layer_has_no_state():
     layer, u = S4(2, 4, bidirectional=True), signal(1, 2, 5)
-    for refused in (lambda: layer.initial_state(1), lambda: layer(u, torch.zeros(1, 2, 4)), lambda: layer.discretize(),
-                    lambda: layer.step(u[..., 0], torch.zeros(1, 2, 4)), lambda: layer(u, method="step")):
+    x = torch.zeros(1, 2, 4)
+    for refused in (lambda: layer.initial_state(1), lambda: layer(u, x), lambda: layer(u, method="step"),
+                    lambda: layer.step(u[..., 0], x), lambda: layer.discretize()):
         with pytest.raises(ValueError, match="^state = .*bidirectional.*: "):
             refused()
 
 
 @pytest.mark.parametrize("real_type", sorted(REAL_TYPES.keys() - {"none"}))
-@pytest.mark.parametrize("mode, disc", [("nplr", None), ("diag", "zoh"), ("diag", "bilinear"), ("diag", "dss")])
+@pytest.mark.parametrize("mode, disc", [("nplr", None), *(("diag", disc) for disc in ("zoh", "bilinear", "dss"))])
 def test_stable_wherever_training_moves_the_parameters(mode, disc, real_type):
     torch.manual_seed(0)
-    layer, u = S4(16, 8, mode=mode, disc=disc, real_type=real_type, rank=2 if mode == "nplr" else None, l_max=99), \
-        signal(1, 16, 99)
-    for corners in (False, False, True, True):
+    u, options = signal(1, 12, 40), {"rank": 2} if mode == "nplr" else {"l_max": 40}
+    layer = S4(12, 8, mode=mode, disc=disc, real_type=real_type, **options)
+    for corners in (False, True):
         for p in layer.parameters():
             p.data.uniform_(-20, 20).copy_(20 * p.sign() if corners else p)
         A_bar = layer.double().discretize().A_bar
         eigenvalues = torch.linalg.eigvals(A_bar) if mode == "nplr" else A_bar
         assert eigenvalues.abs().max() <= 1 + 1e-9
         for dtype in (torch.float64, torch.float32):
-            layer.to(dtype)
-            for y, last in (layer(u), layer(u, layer.initial_state(1)), layer(u, layer.initial_state(1), method="step")):
+            x = layer.to(dtype).initial_state(1)
+            for y, last in (layer(u), layer(u, x), layer(u, x, method="step")):
                 assert torch.isfinite(y).all() and (last is None or torch.isfinite(last.abs()).all())

@@ -1,0 +1,165 @@
+"""What is particular to lssl.py: HiPPO, what the state remembers, the discretizations, the dense kernel, training."""
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+from layers import error, signal
+from lssl import LSSL, MEASURES, discretize_gbt, hippo_legendre, krylov, krylov_kernel, reconstruct, squares
+from test_golden import load
+
+
+def test_hippo_matrices_are_the_official_ones():
+    g = load("lssl")
+    for key, measure, factor, tolerance in (("legs", "legs", 1, 1e-12), ("legt", "legt", 2, 1e-12),
+                                            ("hazy_legt", "legt", 1, 1e-7)):     # halved in one, float32 in the other
+        A, B = hippo_legendre(measure, 16)
+        assert error(A, factor * g[f"{key}_A"]) <= tolerance and error(B, factor * g[f"{key}_B"]) <= tolerance
+    assert error(hippo_legendre("legs", 64)[0], oracle.hippo_legs(64)[0]) <= 1e-14
+
+
+def legendre(measure, n, s):
+    """The basis functions and the weight of the inner product, by numpy: (n, k)."""
+    z = 1 - 2 * s if measure == "legt" else 2 * np.exp(-s) - 1
+    basis = np.stack([np.sqrt(2 * i + 1) * np.polynomial.Legendre.basis(i)(z) for i in range(n)])
+    return basis, np.where(s <= 1, 1.0, 0.0) if measure == "legt" else np.exp(-s)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_reconstruct_is_the_sum_of_orthonormal_polynomials(measure):
+    n, s = 12, np.linspace(0, 1 if measure == "legt" else 4, 50)
+    x = signal(2, 3, n, dtype=torch.float64)
+    basis, _ = legendre(measure, n, s)
+    assert error(reconstruct(measure, x, torch.from_numpy(s)), x.numpy() @ basis) <= 1e-12
+    fine = (np.arange(200_000) + 0.5) * (1 if measure == "legt" else 40) / 200_000
+    basis, weight = legendre(measure, n, fine)
+    assert error(basis * weight @ basis.T * (fine[1] - fine[0]), np.eye(n)) <= 1e-4
+
+
+def smooth(t):
+    """A smooth input signal."""
+    return np.sin(2 * t) + 0.5 * np.cos(5 * t + 1) + 0.3
+
+
+def remember(measure, n, duration, dt):
+    """The state after the smooth signal from 0 to duration, by the layer."""
+    layer = LSSL(1, n, measure=measure, dt_min=dt, dt_max=dt).double()
+    u = torch.from_numpy(smooth((np.arange(round(duration / dt)) + 0.5) * dt))
+    with torch.no_grad():
+        return layer(u[None, None], layer.initial_state(1))[1][0, 0]
+
+
+@pytest.mark.parametrize("measure, tolerance", [("legs", 1e-3), ("legt", 3e-2)])
+def test_state_is_the_integral_of_the_past_against_the_basis(measure, tolerance):
+    n, duration, dt = 16, 3.0, 1e-3
+    s = (np.arange(60_000) + 0.5) * duration / 60_000
+    basis, weight = legendre(measure, n, s)
+    expected = basis * weight @ smooth(duration - s) * (s[1] - s[0])
+    assert error(remember(measure, n, duration, dt), expected) <= tolerance    # legt projects approximately
+
+
+@pytest.mark.parametrize("measure, span, bounds", [("legt", 1.0, {4: 0.5, 8: 0.1, 16: 0.02}),
+                                                   ("legs", 1.5, {4: 0.8, 8: 0.3, 16: 0.05})])
+def test_reconstruction_improves_with_the_number_of_states(measure, span, bounds):
+    dt, duration, previous = 1e-3, 6.0, np.inf
+    s = np.linspace(0.02 * span, 0.98 * span, 200)
+    for n, bound in bounds.items():
+        past = reconstruct(measure, remember(measure, n, duration, dt), torch.from_numpy(s))
+        found = np.abs(past.numpy() - smooth(duration - s)).max()
+        print(measure,n,found)
+        assert found <= min(bound, previous / 2)
+        previous = found
+
+
+@pytest.mark.parametrize("alpha, order", [(0.0, 1), (0.3, 1), (0.5, 2), (1.0, 1)])
+def test_order_of_accuracy(alpha, order):
+    A, B = hippo_legendre("legs", 4)
+    exact = torch.linalg.matrix_exp(A)
+    errors = []
+    for steps in (200, 400):
+        A_bar, B_bar = discretize_gbt(A, B, torch.tensor([1 / steps], dtype=torch.float64), alpha)
+        x = sum(torch.linalg.matrix_power(A_bar[0], k) @ B_bar[0] for k in range(steps))     # u = 1
+        errors.append((error(torch.linalg.matrix_power(A_bar[0], steps), exact),
+                       error(x, torch.linalg.solve(A, (exact - torch.eye(4)) @ B))))
+    for coarse, fine in zip(*errors):
+        assert fine == 0 or fine < 1e-12 or abs(np.log2(coarse / fine) - order) < 0.1
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("measure", MEASURES)
+def test_stability_for_large_steps(measure, alpha):
+    for dt in (1e-3, 1.0, 1e3):
+        layer = LSSL(1, 16, measure=measure, alpha=alpha, dt_min=dt, dt_max=dt).double()
+        largest = torch.linalg.eigvals(layer.discretize().A_bar).abs().max()
+        assert largest <= 1 + 1e-9 if alpha >= 0.5 else dt < 1 or largest > 1
+
+
+def test_krylov_kernel_is_the_sequence_of_powers():
+    A_bar, B_bar, C = 0.5 * signal(2, 4, 4).double(), signal(1, 2, 4).double()[0], signal(2, 3, 4, seed=3).double()
+    for l in (1, 2, 3, 4, 5, 8, 9, 64, 65):
+        powers = squares(A_bar, l)
+        assert len(powers) == max(1, (l - 1).bit_length())
+        x, expected = B_bar[..., None], []
+        for _ in range(l):
+            expected.append((C @ x)[..., 0].mT)
+            x = A_bar @ x
+        assert error(krylov_kernel(C, B_bar, powers)[..., :l], torch.stack(expected, -1)) <= 1e-12
+    assert error(krylov(squares(A_bar, 4), C)[:, 9:], C @ A_bar @ A_bar @ A_bar) <= 1e-12
+
+
+@pytest.mark.parametrize("options", [{}, {"measure": "legt"}, {"alpha": 1.0}, {"channels": 2}], ids=str)
+def test_single_precision_kernel(options):
+    torch.manual_seed(0)
+    layer, exact = LSSL(4, 64, **options), LSSL(4, 64, **options).double()
+    exact.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        assert error(layer.kernel(1024), exact.kernel(1024)) <= 1e-5
+        u = signal(1, 4, 1024)
+        assert error(layer(u)[0], exact(u.double())[0]) <= 1e-5
+
+
+def test_trained_and_fixed_parameters():
+    shapes = {"no": (8, 8), "shared": (8, 8), "each": (3, 8, 8)}
+    for train_A, shape in shapes.items():
+        for train_dt in (False, True):
+            layer = LSSL(3, 8, channels=2, train_A=train_A, train_dt=train_dt, lr=0.02)
+            assert layer.A.shape == shape and layer.B.shape == shape[:-1]
+            assert layer.C.shape == (2, 3, 8) and layer.D.shape == (2, 3) and layer.log_dt.shape == (3,)
+            layer(signal(1, 3, 9))[0].sum().backward()
+            rates = {"log_dt": 0.02 * train_dt, "A": 0.02 * (train_A != "no"), "B": 0.02 * (train_A != "no")}
+            assert layer.ssm_lr == rates
+            for name, p in layer.named_parameters():
+                assert p.requires_grad == (p.grad is not None) == (rates.get(name, 1.0) > 0)
+    layer = LSSL(2, 4, train_A="shared", train_dt=True, lr={"A": 0.0})
+    assert layer.ssm_lr == {"log_dt": 1e-3, "A": 0.0, "B": 1e-3} and not layer.A.requires_grad
+    assert LSSL(2, 4, lr=None).ssm_lr == {"log_dt": 0.0, "A": 0.0, "B": 0.0}
+    assert LSSL(2, 4, train_A="each", train_dt=True, lr=None).ssm_lr == {}
+
+
+def test_one_matrix_each_can_differ():
+    layer, u = LSSL(2, 4, train_A="each").double(), signal(1, 2, 20, dtype=torch.float64)
+    before, _ = layer(u)
+    layer.A.data[1] *= 2
+    after, _ = layer(u)
+    assert error(after[:, 0], before[:, 0]) <= 1e-12 and error(after[:, 1], before[:, 1]) > 1e-3
+
+
+@pytest.mark.parametrize("options", [{"measure": "legt"}, {"alpha": 0.0}, {"alpha": 1.0}, {"channels": 2},
+                                     {"dt_min": 0.05}, {"dt_max": 0.01}], ids=str)
+def test_every_option_changes_the_kernel(options):
+    kernels = []
+    for extra in ({}, options):
+        torch.manual_seed(0)
+        layer = LSSL(3, 8, **extra)
+        layer.C.data.fill_(0.1)
+        kernels.append(layer.kernel(30))
+    assert error(kernels[1], kernels[0]) > 1e-3
+
+
+def test_step_ignores_autocast():
+    layer, u, x = LSSL(2, 8), signal(1, 2, 1)[..., 0], signal(1, 2, 8)
+    y, last = layer.step(u, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside, inside_last = layer.step(u, x)
+    assert error(inside, y) <= 1e-6 and error(inside_last, last) <= 1e-6
