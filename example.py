@@ -19,16 +19,15 @@ import time, urllib.request
 from pathlib import Path
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
-
+from torch import distributed as dist, nn
 # name: (file, class, arguments for about 200K parameters, layers, whether the layer mixes features itself)
 MODELS = {"s4": ("s4", "S4", {"d_state": 32}, 4, False), "s4d": ("s4d", "S4D", {}, 4, False),
           "lssl": ("lssl", "LSSL", {}, 4, False), "dss": ("dss", "DSS", {}, 4, False),
           "gss": ("gss", "GSS", {"expand": 1}, 4, True), "s5": ("s5", "S5", {}, 4, False),
-          "lru": ("lru", "LRU", {"d_state": 32}, 4, False), "mamba": ("selective_scan", "Mamba", {}, 2, True),
-          "selective_scan": ("selective_scan", "SelectiveSSM", {}, 4, False)}
+          "lru": ("lru", "LRU", {"d_state": 32, "r_min": 0.9, "r_max": 0.999, "max_phase": 0.314}, 4, False),
+          "selective_scan": ("selective_scan", "SelectiveSSM", {}, 4, False),
+          "mamba": ("selective_scan", "Mamba", {}, 2, True)}
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"     # and its sha256:
 SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 FOLDER, TRAIN_FILES = "cifar-10-batches-bin", tuple(f"data_batch_{i}.bin" for i in range(1, 6))
@@ -71,8 +70,8 @@ def builtin_images(n, seed):
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % 10)
     warm = np.array([[i in pair for i in range(5)] for pair in itertools.combinations(range(5), 2)])[labels]
-    tint = np.repeat(np.where(warm, 1, -1) * rng.uniform(8, 24, (n, 5)), 6, axis=1)          # (n, 30)
-    image = rng.normal(128, 20, (n, 1, 1, 3)).astype("f4") + 15 * rng.standard_normal((n, 32, 32, 3), "f4")
+    tint = np.repeat(np.where(warm, 1, -1) * rng.uniform(20, 40, (n, 5)), 6, axis=1)          # (n, 30)
+    image = rng.normal(128, 10, (n, 1, 1, 3)).astype("f4") + 15 * rng.standard_normal((n, 32, 32, 3), "f4")
     image[:, 1:31] += tint[:, :, None, None] * np.array([1, 0, -1])          # red, blue
     width, slant, phase = (rng.uniform(*ends, (n, 1, 1)) for ends in ((4, 12), (-1, 1), (0, 2 * np.pi)))
     y, x = np.mgrid[:32, :32]
@@ -258,10 +257,11 @@ def train(args, net, images, labels, out, saved):
             optimizer.step()
             schedule.step()
             sums += torch.stack([loss.detach(), (scores.argmax(1) == labels[mine]).float().mean()])
-            if (epoch, step) == (1, min(5, steps)) or step % 10 == 0 and sys.stdout.isatty():
-                pace, (loss, accuracy) = (time.time() - start) / step * steps / 60, (sums / step).tolist()
-                print(f"\repoch {epoch}, step {step}/{steps}: loss {loss:.3f}, accuracy {accuracy:.1%}; "
-                      f"{pace:.1f} min per epoch, {pace * (args.epochs + 1 - epoch):.0f} left", end="", flush=True)
+            first = (epoch, step) == (1, min(5, steps))         # in place on a terminal, in a log only once
+            if first or step % 10 == 0 and sys.stdout.isatty():
+                (a, b), t = (sums / step).tolist(), (time.time() - start) / step * steps / 60
+                print(f"\repoch {epoch}, step {step}/{steps}: loss {a:.3f}, accuracy {b:.1%}, {t:.1f} min/epoch, "
+                      f"{t * (args.epochs + 1 - epoch):.0f} left", end="\n" * first, flush=True)
         if WORLD > 1:
             dist.all_reduce(sums)
         loss, accuracy = (sums / steps / WORLD).tolist()

@@ -132,36 +132,44 @@ class Discrete(NamedTuple):
 
 # ---- time in two digits ----
 
-def powers(a: Tensor, count: int) -> Tensor:
-    """a^0, a^1, ..., a^(count - 1) on a new axis before the last, by doubling: (h, n) -> (h, count, n)."""
-    p = torch.ones_like(a)[:, None]
-    while p.shape[1] < count:
-        p = torch.cat([p, p * (p[:, -1:] * a[:, None])], 1)
-    return p[:, :count]
+def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """a^0, a^1, ..., a^(count - 1) on a new axis before the last, (h, n) -> (h, count, n), by two digits too."""
+    def first(a, count):
+        p = [torch.ones_like(a)]
+        while len(p) < count:
+            p.append(p[-1] * a)
+        return torch.stack(p, 1).to(dtype)
+
+    r = math.isqrt(count - 1) + 1
+    low, high = first(a, r), first(a ** r, -(-count // r))
+    return (high[:, :, None] * low[:, None]).flatten(1, 2)[:, :count]
 
 
-def two_digits(a: Tensor, l: int) -> tuple[Tensor, Tensor]:
-    """low = a^i (h, T, n), high = a^{jT} (h, J, n), with T = 2 ceil(sqrt(l)) and J = ceil(l / T): JT >= l."""
-    T = 2 * (math.isqrt(l - 1) + 1)
-    low = powers(a, T)
-    return low, powers(low[:, -1] * a, -(-l // T))
+def two_digits(a: Tensor, l: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """low = a^i (h, T, n) in the complex type of dtype, high = a^{jT} (h, J, n) in double precision, JT >= l."""
+    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # a multiple of sqrt(l), by measurement
+    return powers(a, T, dtype.to_complex()), powers(a ** T, -(-l // T), a.dtype)
 
 
-def as_real(z: Tensor, dtype: torch.dtype) -> Tensor:
-    """Re z_1, Im z_1, Re z_2, ..., (.., n) -> (.., 2n): Re sum_n v_n w_n = as_real(v) . as_real(conj w)."""
-    return torch.view_as_real(z.to(dtype.to_complex())).flatten(-2)
+def as_real(z: Tensor, dtype: torch.dtype, conj: bool = False) -> Tensor:
+    """Re z_1, Im z_1, Re z_2, ... (conj: of the conjugate), (.., n) -> (.., 2n).
+
+    Re sum_n v_n w_n is then the real product of as_real(v) and as_real(w, conj=True).
+    """
+    z = z.to(dtype.to_complex())
+    return torch.view_as_real(z.conj_physical() if conj else z).flatten(-2)  # view_as_real refuses a lazy conj
 
 
 def ssm_kernel(d: Discrete, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
     """K_{jT+i} = Re sum_n (C_n B_bar_n A_bar_n^{jT}) (A_bar_n^i): (h, JT)."""
     high = high * (d.C * d.B_bar)[:, None]
-    return (as_real(high, dtype) @ as_real(low.conj_physical(), dtype).mT).flatten(1)
+    return (as_real(high, dtype) @ as_real(low, dtype, conj=True).mT).flatten(1)
 
 
 def output_of_state(d: Discrete, low: Tensor, high: Tensor, x: Tensor) -> Tensor:
     """What the state x (b, h, n) adds to the next outputs: Re sum_n C_n A_bar_n^{k+1} x_n, (b, h, JT)."""
     x = x[:, :, None] * (high * (d.C * d.A_bar)[:, None]).to(x.dtype)        # (b, h, J, n)
-    x, low = as_real(x, x.real.dtype), as_real(low.conj_physical(), x.real.dtype)
+    x, low = as_real(x, x.real.dtype), as_real(low, x.real.dtype, conj=True)
     return torch.einsum("bhjn,hin->bhji", x, low).flatten(-2)
 
 
@@ -257,7 +265,7 @@ class GSS(nn.Module):
         """The impulse response K_0 ... K_{l-1} of equation (3), of the SSM alone, without D: (c, l)."""
         check_number("l", l, int)
         d = self._discretize(rate)
-        return ssm_kernel(d, *two_digits(d.A_bar, l), self.dtype)[:, :l]
+        return ssm_kernel(d, *two_digits(d.A_bar, l, self.dtype), self.dtype)[:, :l]
 
     def initial_state(self, batch_size: int) -> Tensor:
         """x_{-1} = 0, (b, c, n) complex."""
@@ -322,7 +330,7 @@ class GSS(nn.Module):
     def _conv(self, u: Tensor, state: Optional[Tensor], rate: float) -> tuple[Tensor, Optional[Tensor]]:
         """The convolution (3). A state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the final state."""
         d, l = self._discretize(rate), u.shape[-1]
-        low, high = two_digits(d.A_bar, l)
+        low, high = two_digits(d.A_bar, l, self.dtype)
         K = ssm_kernel(d, low, high, self.dtype)[:, :l]
         y = fft_conv(u, torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], -1))   # D u: an impulse at k = 0
         if state is None:

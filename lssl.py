@@ -187,10 +187,12 @@ def state_of_input(B_bar: Tensor, powers: list[Tensor], u: Tensor) -> Tensor:
 
 
 def advance(powers: list[Tensor], x: Tensor, l: int) -> Tensor:
-    """A_bar^l x for x (b, h, n), from the binary digits of l - 1."""
-    x = x.transpose(0, 1) @ powers[0].mT
-    for digit, power in enumerate(powers):
-        x = x @ power.mT if l - 1 >> digit & 1 else x
+    """A_bar^l x for x (b, h, n): the largest square first, as often as it fits."""
+    x = x.transpose(0, 1)
+    for digit in reversed(range(len(powers))):
+        for _ in range(l >> digit):
+            x = x @ powers[digit].mT
+        l %= 2 ** digit
     return x.transpose(0, 1)
 
 

@@ -252,18 +252,25 @@ def nplr_kernel(Lambda: Tensor, B: Tensor, P: Tensor, C: Tensor, dt: Tensor, l: 
     return K.transpose(0, 1) * radius ** -torch.arange(l, dtype=torch.float64, device=dt.device)
 
 
-def diagonal_kernel(A_bar: Tensor, CB: Tensor, l: int) -> Tensor:
-    """Re sum_n CB_n A_bar_n^k by two digits of k (see s4d.py): (h, n), (m, h, n) -> (m, h, l) float64."""
-    def powers(a, count):                          # a^0, a^1, ..., a^(count - 1): (h, count, n)
-        p = torch.ones_like(a)[:, None]
-        while p.shape[1] < count:
-            p = torch.cat([p, p * (p[:, -1:] * a[:, None])], 1)
-        return p[:, :count]
+def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """a^0, a^1, ..., a^(count - 1) on a new axis before the last, (h, n) -> (h, count, n), by two digits too."""
+    def first(a, count):
+        p = [torch.ones_like(a)]
+        while len(p) < count:
+            p.append(p[-1] * a)
+        return torch.stack(p, 1).to(dtype)
 
+    r = math.isqrt(count - 1) + 1
+    low, high = first(a, r), first(a ** r, -(-count // r))
+    return (high[:, :, None] * low[:, None]).flatten(1, 2)[:, :count]
+
+
+def diagonal_kernel(A_bar: Tensor, CB: Tensor, l: int, dtype: torch.dtype) -> Tensor:
+    """Re sum_n CB_n A_bar_n^k by two digits of k (see s4d.py): (h, n), (m, h, n) -> (m, h, l)."""
     T = math.isqrt(l - 1) + 1
-    low = powers(A_bar, T)
-    high = CB[:, :, None] * powers(low[:, -1] * A_bar, -(-l // T))       # (m, h, J, n)
-    return (high @ low.mT).real.flatten(2)[..., :l]
+    low = powers(A_bar, T, dtype.to_complex())
+    high = CB[:, :, None] * powers(A_bar ** T, -(-l // T), A_bar.dtype)      # (m, h, J, n)
+    return (high.to(low.dtype) @ low.mT).real.flatten(2)[..., :l]
 
 
 # ---- powers of a dense matrix, by squaring ----
@@ -310,11 +317,21 @@ def state_of_input(B_bar: Tensor, powers: list[Tensor], u: Tensor) -> Tensor:
 
 
 def advance(powers: list[Tensor], x: Tensor, l: int) -> Tensor:
-    """A_bar^l x for x (b, h, n), from the binary digits of l - 1."""
-    x = x.transpose(0, 1) @ powers[0].mT
-    for digit, power in enumerate(powers):
-        x = x @ power.mT if l - 1 >> digit & 1 else x
+    """A_bar^l x for x (b, h, n): the largest square first, as often as it fits."""
+    x = x.transpose(0, 1)
+    for digit in reversed(range(len(powers))):
+        for _ in range(l >> digit):
+            x = x @ powers[digit].mT
+        l %= 2 ** digit
     return x.transpose(0, 1)
+
+
+def krylov_kernel(C: Tensor, B_bar: Tensor, powers: list[Tensor]) -> Tensor:
+    """The kernel (3) from the two digits of k: C (h, m, n), B_bar (h, n) -> (m, h, JT)."""
+    low, high = two_digits(powers)
+    rows = krylov(low, C)                                                    # C A_bar^i: (h, T m, n)
+    columns = krylov([power.mT for power in high], B_bar[:, None])           # A_bar^{jT} B_bar: (h, J, n)
+    return (columns @ rows.mT).unflatten(2, (-1, C.shape[1])).permute(3, 0, 1, 2).flatten(2)
 
 
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
@@ -473,7 +490,7 @@ class S4(nn.Module):
         if self.mode == "nplr":
             return nplr_kernel(*self._parameters64(rate), l, self.dtype == torch.float64).to(self.dtype)
         d = self._discretize(rate)
-        return diagonal_kernel(d.A_bar, d.C * d.B_bar, l).to(self.dtype)
+        return diagonal_kernel(d.A_bar, d.C * d.B_bar, l, self.dtype)
 
     def kernel(self, l: int, rate: float = 1.0) -> Tensor:
         """The impulse response K_0 ... K_{l-1} of (1), without D: (m h, l); of the SSM alone, without gating.
@@ -562,7 +579,17 @@ class S4(nn.Module):
     def _conv(self, u: Tensor, state: Optional[Tensor], rate: float) -> tuple[Tensor, Optional[Tensor]]:
         """The convolution with K. A state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the final state."""
         l, m = u.shape[-1], self.channels
-        K = self._kernels(l, rate)
+        if state is None:
+            K = self._kernels(l, rate)
+        else:
+            d, x = self._discretize(rate), state
+            if self.mode == "diag":    # as a real system, so that one code serves both (s4d.py has a faster one)
+                d = Discrete(real_form(d.A_bar, d.A_bar[None][:0]), torch.cat([d.B_bar.real, d.B_bar.imag], -1),
+                             torch.cat([d.C.real, -d.C.imag], -1))
+                x = torch.cat([x.real, x.imag], -1)
+            A_powers = [power.to(self.dtype) for power in squares(d.A_bar, l)]
+            B_bar, C, x = d.B_bar.to(self.dtype), d.C.transpose(0, 1).to(self.dtype), x.to(self.dtype)
+            K = krylov_kernel(C, B_bar, A_powers)[..., :l]                   # the powers are there: no Cauchy sums
         past = torch.cat([K[:m, :, :1] + self.D[..., None], K[:m, :, 1:]], -1)   # D u: an impulse at k = 0
         y = fft_conv(u[:, None], past)                                       # (b, m, h, l)
         if self.bidirectional:
@@ -570,15 +597,8 @@ class S4(nn.Module):
             y = y + nn.functional.pad(future[..., 1:], (0, 1))               # ... one step later
         if state is None:
             return y.flatten(1, 2), None
-        d, x = self._discretize(rate), state
-        if self.mode == "diag":    # as a real system, so that one code serves both (s4d.py has a faster one)
-            d = Discrete(real_form(d.A_bar, d.A_bar[:0, None]), torch.cat([d.B_bar.real, d.B_bar.imag], -1),
-                         torch.cat([d.C.real, -d.C.imag], -1))
-            x = torch.cat([x.real, x.imag], -1)
-        powers = [power.to(self.dtype) for power in squares(d.A_bar, l)]
-        B_bar, C, x = d.B_bar.to(self.dtype), d.C.transpose(0, 1).to(self.dtype), x.to(self.dtype)
-        y = y + output_of_state(C, powers, x)[..., :l]
-        last = advance(powers, x, l) + state_of_input(B_bar, powers, u)
+        y = y + output_of_state(C, A_powers, x)[..., :l]
+        last = advance(A_powers, x, l) + state_of_input(B_bar, A_powers, u)
         return y.flatten(1, 2), last if self.mode == "nplr" else torch.complex(*last.chunk(2, -1))
 
 

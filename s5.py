@@ -164,9 +164,13 @@ class Discrete(NamedTuple):
 
 # ---- the scan ----
 
-def as_real(z: Tensor, dtype: torch.dtype) -> Tensor:
-    """Re z_1, Im z_1, Re z_2, ..., (.., n) -> (.., 2n): Re sum_n v_n w_n = as_real(v) . as_real(conj w)."""
-    return torch.view_as_real(z.to(dtype.to_complex())).flatten(-2)
+def as_real(z: Tensor, dtype: torch.dtype, conj: bool = False) -> Tensor:
+    """Re z_1, Im z_1, Re z_2, ... (conj: of the conjugate), (.., n) -> (.., 2n).
+
+    Re sum_n v_n w_n is then the real product of as_real(v) and as_real(w, conj=True).
+    """
+    z = z.to(dtype.to_complex())
+    return torch.view_as_real(z.conj_physical() if conj else z).flatten(-2)  # view_as_real refuses a lazy conj
 
 
 def scan_in_place(v: Tensor, a: Tensor, x: Tensor, reverse: bool = False) -> None:
@@ -179,7 +183,7 @@ def scan_in_place(v: Tensor, a: Tensor, x: Tensor, reverse: bool = False) -> Non
     steps, blocks = v.unbind(2), range(v.shape[1])
     if reverse:
         steps, blocks = steps[::-1], blocks[::-1]
-    a, a_T = a.to(v.dtype), a.expand(len(steps), -1).prod(0).to(v.dtype)     # a^T in double precision
+    a, a_T = a.to(v.dtype), (a ** len(steps)).to(v.dtype)                    # a^T in double precision
     ends = steps[0]
     for v_i in steps[1:]:
         ends = torch.addcmul(v_i, ends, a)
@@ -192,33 +196,49 @@ def scan_in_place(v: Tensor, a: Tensor, x: Tensor, reverse: bool = False) -> Non
 
 
 class Scan(torch.autograd.Function):
-    """x_k = a x_{k-1} + v_k over v (b, J, T, n), which it overwrites; a (n) complex128, x_{-1} = x0 (b, n).
+    """x_k = a x_{k-1} + B u_k, y_k = Re(C x_k) + D u_k for k = 0 ... l-1, from x_{-1} = x0.
 
-    Gradient: with g_k = dL/dx_k and w_k = conj(dL/dv_k), the adjoint recurrence w_k = a w_{k+1} + conj(g_k)
-    is the same scan backwards in time; dL/da = conj(sum_k x_{k-1} w_k), dL/dx0 = conj(a w_0).
+    u (b, h, l), a (n), B (n, h), C (h, n) complex128, D (h), x0 (b, n) -> y (b, h, l), x_{l-1} (b, n).
+    Gradient, with g_k = dL/dy_k and w_k = conj(dL/d(B u_k)): the adjoint recurrence w_k = a w_{k+1} + C^T g_k is
+    the same scan backwards in time. dL/da = conj(sum_k x_{k-1} w_k), dL/dB = conj(sum_k w_k u_k^T), dL/dC =
+    conj(sum_k g_k x_k^T), dL/du_k = Re(B^T w_k) + D g_k, dL/dx0 = conj(a w_0). Only u and the x_k are saved.
     """
 
     @staticmethod
-    def forward(ctx, v, a, x0):
-        scan_in_place(v, a, x0)
-        ctx.mark_dirty(v)
-        ctx.save_for_backward(v, a, x0)
-        return v
+    def forward(ctx, u, a, B, C, D, x0):
+        b, l, T = len(u), u.shape[-1], math.isqrt(u.shape[-1] - 1) + 1       # about sqrt(l) blocks of T
+        x = u.new_zeros(b, -(-l // T) * T, len(a), dtype=x0.dtype)           # zeros after the end
+        torch.bmm(u.mT, as_real(B.mT, u.dtype).expand(b, -1, -1), out=torch.view_as_real(x[:, :l]).flatten(-2))
+        scan_in_place(x.unflatten(1, (-1, T)), a, x0)
+        ctx.save_for_backward(u, a, B, C, D, x0, x)
+        y = torch.bmm(as_real(C, u.dtype, conj=True).expand(b, -1, -1), as_real(x[:, :l], u.dtype).mT)
+        return y.addcmul_(D[:, None], u), x[:, l - 1].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        x, a, x0 = ctx.saved_tensors
-        w = torch.empty_like(x).copy_(g).conj_physical_()
-        scan_in_place(w, a, torch.zeros_like(x0), reverse=True)
-        previous = torch.cat([x0[:, None], x[:, :-1, -1]], 1)                # x_{k-1} for the start of each block
+    def backward(ctx, grad_y, grad_last):
+        u, a, B, C, D, x0, x = ctx.saved_tensors
+        b, l, T = len(u), u.shape[-1], math.isqrt(u.shape[-1] - 1) + 1
+        w = torch.zeros_like(x)
+        torch.bmm(grad_y.mT, as_real(C, u.dtype).expand(b, -1, -1), out=torch.view_as_real(w[:, :l]).flatten(-2))
+        w[:, l - 1] += grad_last.conj()
+        blocks, states = w.unflatten(1, (-1, T)), x.unflatten(1, (-1, T))
+        scan_in_place(blocks, a, torch.zeros_like(x0), reverse=True)
+        previous = torch.cat([x0[:, None], states[:, :-1, -1]], 1)           # x_{k-1} for the start of each block
         total = torch.zeros_like(previous)
-        for x_i, w_i in zip(x.unbind(2), w.unbind(2)):
+        for x_i, w_i in zip(states.unbind(2), blocks.unbind(2)):
             total.addcmul_(previous, w_i)
             previous = x_i
-        grad_a = torch.view_as_complex(torch.view_as_real(total).sum((0, 1))).conj().to(a.dtype)
-        grad_x0 = (a.to(w.dtype) * w[:, 0, 0]).conj()
-        return w.conj_physical_(), grad_a, grad_x0
+
+        def conj(z):                                                         # (.., 2n) real -> (.., n) complex128
+            return torch.view_as_complex(z.unflatten(-1, (-1, 2))).conj().to(a.dtype)
+
+        grad_a = conj(torch.view_as_real(total).sum((0, 1)).flatten())
+        w, x = as_real(w[:, :l], u.dtype), as_real(x[:, :l], u.dtype)        # (b, l, 2n)
+        grad_B, grad_C = conj(torch.bmm(u, w).sum(0)).mT, conj(torch.bmm(grad_y, x).sum(0))
+        grad_D, grad_u = torch.einsum("bhl,bhl->h", grad_y, u), grad_y * D[:, None]
+        grad_u.baddbmm_(as_real(B.mT, u.dtype, conj=True).expand(b, -1, -1), w.mT)
+        return grad_u, grad_a, grad_B, grad_C, grad_D, (a.to(x0.dtype) * blocks[:, 0, 0]).conj()
 
 
 def power_series(a: Tensor, count: int) -> Tensor:
@@ -363,15 +383,8 @@ class S5(nn.Module):
         return torch.stack(outputs, -1), x
 
     def _scan(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
-        """B_bar u, the scan in two levels, C x; both products as real matrix products."""
-        b, l = len(u), u.shape[-1]
-        T = math.isqrt(l - 1) + 1                                            # about sqrt(l) steps, in ...
-        J = -(-l // T)                                                       # ... about sqrt(l) blocks
-        v = nn.functional.pad(u, (0, J * T - l)).mT @ as_real(d.B_bar.mT, u.dtype)               # (b, JT, 2p)
-        v = torch.view_as_complex(v.unflatten(-1, (-1, 2))).unflatten(1, (J, T))
-        x = Scan.apply(v, d.A_bar, x).flatten(1, 2)[:, :l]                   # (b, l, p)
-        C = as_real(d.C.conj_physical(), u.dtype).expand(b, -1, -1)
-        return torch.addcmul(C @ as_real(x, u.dtype).mT, self.D[:, None], u), x[:, -1]
+        """The scan in two levels."""
+        return Scan.apply(u, d.A_bar, d.B_bar, d.C, self.D.to(u.dtype), x)
 
     def _conv(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
         """The same by FFT: each state convolves its input B_bar u with the powers A_bar^k."""

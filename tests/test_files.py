@@ -13,12 +13,37 @@ from layers import ROOT
 
 NAN, INF = float("nan"), float("inf")
 SIZES = {"d_model": [0, -1, 1.5, "4", None, True], "d_state": [0, -2, 3, 4.0, None]}
+EVEN_OR_ODD = {"d_state": [0, -2, 4.0, None, True]}
 DT = {"dt_min": [0.0, -1e-3, NAN, INF, "a", None], "dt_max": [0.0, 1e-9, NAN, INF, None]}
 LR = {"lr": [-1.0, NAN, "a", {"C": 0.1}, {"dt": -1.0}, {"dt": None}]}
 FLOAT_LR = {"lr": [-1.0, NAN, "a", {"C": 0.1}]}
 BAD = {   # class: {argument: wrong values}
     ("s4d", "S4D"): SIZES | DT | LR | {"measure": ["lin", "legs", None, 0], "disc": ["ZOH", "dss", None],
                                        "real_type": ["Exp", None]},
+    ("s4", "S4"): SIZES | DT | LR | {
+        "mode": ["dplr", "NPLR", None, 0], "measure": ["lin", "diag-lin", "LegS", None, 0],
+        "disc": ["zoh", "dss", 0], "real_type": ["Exp", None], "rank": [0, -1, 1.5, "1", True],
+        "n_ssm": [0, 3, 8, -1, 2.0, True], "channels": [0, -1, 2.0, None, True], "gate": [0, -1, 2.0, True],
+        "bottleneck": [0, 3, 8, -1, 2.0, True], "l_max": [0, -1, 9.0, "9"]},
+    ("lssl", "LSSL"): SIZES | EVEN_OR_ODD | DT | LR | {
+        "measure": ["fout", "diag-lin", "LegS", None, 0], "alpha": [-0.1, 1.1, NAN, INF, "0.5", None],
+        "channels": [0, -1, 2.0, None, True], "train_A": ["No", "all", True, None]},
+    ("dss", "DSS"): SIZES | EVEN_OR_ODD | DT | LR | {
+        "version": ["Softmax", "zoh", None, 0], "l_max": [0, -1, 9.0, INF, None, True]},
+    ("gss", "GSS"): SIZES | EVEN_OR_ODD | DT | LR | {
+        "expand": [0, -1, 2.0, None, True], "bottleneck": [0, 3, 8, -1, 2.0, None, True],
+        "measure": ["rand", "diag-legs", None, 0]},
+    ("s5", "S5"): SIZES | DT | LR | {
+        "blocks": [0, 3, 8, -1, 2.0, None, True], "C_init": ["lecun", None, 0], "disc": ["ZOH", "dss", None],
+        "step_rescale": [0.0, -1.0, NAN, INF, "1", None, True]},
+    ("lru", "LRU"): SIZES | EVEN_OR_ODD | LR | {
+        "r_min": [-0.1, 1.0, 2.0, NAN, "0", None], "r_max": [0.0, 1.1, NAN, INF, "1", None, True],
+        "max_phase": [0.0, -1.0, NAN, INF, "1", None, True]},
+    ("selective_scan", "SelectiveSSM"): SIZES | EVEN_OR_ODD | DT | LR | {
+        "dt_rank": [0, -1, 2.0, "Auto", None, True]},
+    ("selective_scan", "Mamba"): SIZES | EVEN_OR_ODD | DT | LR | {
+        "dt_rank": [0, -1, 2.0, "Auto", None, True], "d_conv": [0, -1, 4.0, None, True],
+        "expand": [0, -1, 2.0, None, True]},
 }
 
 

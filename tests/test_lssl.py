@@ -1,4 +1,4 @@
-"""What is particular to lssl.py: HiPPO, what the state remembers, the discretizations, the dense kernel, training."""
+"""What is particular to lssl.py: HiPPO, what the state remembers, discretization, dense kernel, training."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from test_golden import load
 
 def test_hippo_matrices_are_the_official_ones():
     g = load("lssl")
-    for key, measure, factor, tolerance in (("legs", "legs", 1, 1e-12), ("legt", "legt", 2, 1e-12),
-                                            ("hazy_legt", "legt", 1, 1e-7)):     # halved in one, float32 in the other
+    for key, measure, factor, tolerance in (
+            ("legs", "legs", 1, 1e-12), ("legt", "legt", 2, 1e-12), ("hazy_legt", "legt", 1, 1e-7)):
         A, B = hippo_legendre(measure, 16)
         assert error(A, factor * g[f"{key}_A"]) <= tolerance and error(B, factor * g[f"{key}_B"]) <= tolerance
     assert error(hippo_legendre("legs", 64)[0], oracle.hippo_legs(64)[0]) <= 1e-14
@@ -50,25 +50,32 @@ def remember(measure, n, duration, dt):
         return layer(u[None, None], layer.initial_state(1))[1][0, 0]
 
 
-@pytest.mark.parametrize("measure, tolerance", [("legs", 1e-3), ("legt", 3e-2)])
+def test_legs_answers_an_impulse_with_basis_times_weight():
+    A, B = hippo_legendre("legs", 16)
+    s = np.linspace(0, 3, 10)
+    basis, weight = legendre("legs", 16, s)
+    response = torch.linalg.matrix_exp(torch.from_numpy(s)[:, None, None] * A) @ B
+    assert error(response.mT, basis * weight) <= 1e-11
+
+
+@pytest.mark.parametrize("measure, tolerance", [("legs", 1e-3), ("legt", 1e-5)])
 def test_state_is_the_integral_of_the_past_against_the_basis(measure, tolerance):
     n, duration, dt = 16, 3.0, 1e-3
     s = (np.arange(60_000) + 0.5) * duration / 60_000
     basis, weight = legendre(measure, n, s)
     expected = basis * weight @ smooth(duration - s) * (s[1] - s[0])
-    assert error(remember(measure, n, duration, dt), expected) <= tolerance    # legt projects approximately
+    assert error(remember(measure, n, duration, dt), expected) <= tolerance
 
 
-@pytest.mark.parametrize("measure, span, bounds", [("legt", 1.0, {4: 0.5, 8: 0.1, 16: 0.02}),
-                                                   ("legs", 1.5, {4: 0.8, 8: 0.3, 16: 0.05})])
-def test_reconstruction_improves_with_the_number_of_states(measure, span, bounds):
-    dt, duration, previous = 1e-3, 6.0, np.inf
-    s = np.linspace(0.02 * span, 0.98 * span, 200)
+@pytest.mark.parametrize("measure, window, bounds", [
+    ("legt", 1.0, {2: 0.6, 4: 0.1, 8: 2e-4, 16: 5e-6}), ("legs", 6.0, {4: 0.5, 8: 0.3, 16: 0.15, 32: 0.07})])
+def test_reconstruction_improves_with_the_number_of_states(measure, window, bounds):
+    s, previous = (np.arange(2000) + 0.5) / 2000 * window, np.inf
+    _, weight = legendre(measure, 1, s)
     for n, bound in bounds.items():
-        past = reconstruct(measure, remember(measure, n, duration, dt), torch.from_numpy(s))
-        found = np.abs(past.numpy() - smooth(duration - s)).max()
-        print(measure,n,found)
-        assert found <= min(bound, previous / 2)
+        past = reconstruct(measure, remember(measure, n, 6.0, 1e-3), torch.from_numpy(s)).numpy()
+        found = np.sqrt((weight * (past - smooth(6.0 - s)) ** 2).sum() / weight.sum())
+        assert found <= min(bound, 0.75 * previous)
         previous = found
 
 
@@ -83,7 +90,7 @@ def test_order_of_accuracy(alpha, order):
         errors.append((error(torch.linalg.matrix_power(A_bar[0], steps), exact),
                        error(x, torch.linalg.solve(A, (exact - torch.eye(4)) @ B))))
     for coarse, fine in zip(*errors):
-        assert fine == 0 or fine < 1e-12 or abs(np.log2(coarse / fine) - order) < 0.1
+        assert abs(np.log2(coarse / fine) - order) < 0.1
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
@@ -96,7 +103,8 @@ def test_stability_for_large_steps(measure, alpha):
 
 
 def test_krylov_kernel_is_the_sequence_of_powers():
-    A_bar, B_bar, C = 0.5 * signal(2, 4, 4).double(), signal(1, 2, 4).double()[0], signal(2, 3, 4, seed=3).double()
+    A_bar, B_bar, C = (0.5 * signal(2, k, 4, seed=k, dtype=torch.float64) for k in (4, 1, 3))
+    B_bar = B_bar[:, 0]
     for l in (1, 2, 3, 4, 5, 8, 9, 64, 65):
         powers = squares(A_bar, l)
         assert len(powers) == max(1, (l - 1).bit_length())

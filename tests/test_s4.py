@@ -78,7 +78,7 @@ def test_nplr_is_the_official_one(measure):
     order, theirs = Lambda.imag.argsort(descending=True), np.argsort(g["hippo_w"].imag)
     assert error(Lambda[order], g["hippo_w"][theirs].conj()) <= 1e-10    # they keep the other half of a pair,
     expected = (g["hippo_P"] * g["hippo_B_nplr_noclip"].conj())[::-1, theirs].conj()    # P_1 before P_0
-    assert error((P * B.conj())[:, order], expected) <= 1e-10            # and any phase, which cancels in P B*
+    assert error((P * B.conj())[:, order], expected) <= 1e-10    # and any phase, which cancels in P B*
 
 
 @pytest.mark.parametrize("measure", NPLR)
@@ -205,7 +205,7 @@ def test_gated_s4_is_gss():
 
 # ---- accuracy ----
 
-@pytest.mark.parametrize("n, lengths", [(2, [1, 2, 3, 99]), (64, [1, 2, 5, 1024, 4096]), (256, [1, 31, 1100])])
+@pytest.mark.parametrize("n, lengths", [(2, [1, 2, 3, 99]), (64, [1, 5, 1024, 4096]), (256, [1, 31, 1100])])
 @pytest.mark.parametrize("measure", NPLR + ["diag-lin"])
 def test_single_precision_at_any_length(measure, n, lengths):
     torch.manual_seed(0)
@@ -302,6 +302,16 @@ def test_learning_rates_freeze():
     assert {name for name, p in S4(2, 4, lr=0.0).named_parameters() if p.requires_grad} == {"C", "D"}
 
 
+def test_options_that_exclude_each_other():
+    for argument, options in (
+            ("measure", {"mode": "diag", "measure": "legt"}), ("measure", {"measure": "diag-lin"}),
+            ("disc", {"disc": "zoh"}), ("l_max", {"mode": "diag", "disc": "dss"}),
+            ("rank", {"mode": "diag", "rank": 1}), ("rank", {"measure": "legt", "rank": 1}),
+            ("n_ssm", {"measure": "hippo", "n_ssm": 1}), ("n_ssm", {"bottleneck": 2, "n_ssm": 4})):
+        with pytest.raises(ValueError, match=f"^{argument} = .*: "):
+            S4(4, 8, **options)
+
+
 @pytest.mark.parametrize("options", [{}, {"mode": "diag", "disc": "bilinear"}, {"measure": "legt"}], ids=str)
 def test_bidirectional_layer_is_two_direct_sums(options):
     layer = S4(3, 8, bidirectional=True, channels=2, **options).double()
@@ -325,8 +335,8 @@ def test_bidirectional_layer_has_no_state():
             refused()
 
 
-@pytest.mark.parametrize("real_type", sorted(REAL_TYPES.keys() - {"none"}))
-@pytest.mark.parametrize("mode, disc", [("nplr", None), *(("diag", disc) for disc in ("zoh", "bilinear", "dss"))])
+@pytest.mark.parametrize("real_type", ["exp", "relu", "softplus"])
+@pytest.mark.parametrize("mode, disc", [("nplr", None), ("diag", "zoh"), ("diag", "dss")])
 def test_stable_wherever_training_moves_the_parameters(mode, disc, real_type):
     torch.manual_seed(0)
     u, options = signal(1, 12, 40), {"rank": 2} if mode == "nplr" else {"l_max": 40}

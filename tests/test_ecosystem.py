@@ -1,0 +1,132 @@
+"""What of PyTorch the layers work with. EXPECTED is the table in README.md; the tests keep it true.
+
+State dicts, copies, pickles, float64 and autocast are in test_modes.py, official parameters in test_checkpoints.py.
+"""
+
+import re
+import warnings
+
+import pytest
+import torch
+from torch.func import functional_call, grad, vmap
+from torch.nn.parallel import DistributedDataParallel
+
+from layers import CASES, error, leaves, random_state, signal
+
+LAYERS = {"LSSL": "lssl", "S4": "s4", "DSS": "dss", "S4D": "s4d", "GSS": "gss", "S5": "s5", "LRU": "lru",
+          "SelectiveSSM": "selective", "Mamba": "mamba"}
+
+# True: the same numbers without a warning. "warns": the same numbers. Another text: it stands in the error.
+CONTEXT, DTYPE, OUT = "must override the setup_context", "method `to_complex`", "non-contiguous `out=`"
+GOOD = dict.fromkeys(["DistributedDataParallel", "torch.func.grad", "torch.func.vmap", "torch.compile",
+                      "torch.compile, one graph", "torch.export"], True)
+DIAGONAL = GOOD | {"torch.func.vmap": "warns", "torch.compile": "warns", "torch.compile, one graph": DTYPE}
+SCAN = GOOD | {"torch.func.grad": CONTEXT, "torch.func.vmap": CONTEXT}
+EXPECTED = {
+    "LSSL": GOOD, "S4": GOOD, "DSS": DIAGONAL, "S4D": DIAGONAL, "GSS": DIAGONAL,
+    "S5": SCAN | DIAGONAL, "LRU": SCAN | DIAGONAL,
+    "SelectiveSSM": SCAN | {"torch.compile, one graph": OUT, "torch.export": "out=... arguments"},
+    "Mamba": SCAN | {"torch.compile, one graph": OUT, "torch.export": "out=... arguments"},
+}
+
+
+def build(cls):
+    """A small layer and an input."""
+    case = next(case for case in CASES if case.name == LAYERS[cls])
+    return case, case.build(), signal(3, case.h, 5)
+
+
+def trained(layer):
+    """The parameters without the frozen ones, as the dict that torch.func takes."""
+    return {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+
+
+def run(layer, call, u):
+    """Output and gradients of a call with the layer's parameters."""
+    layer.zero_grad()
+    y, _ = call(u)
+    y.square().sum().backward()
+    return y.detach(), {name: p.grad.clone() for name, p in layer.named_parameters() if p.requires_grad}
+
+
+def by_func(layer, u, **options):
+    """The same by torch.func.grad."""
+    def loss(parameters):
+        y, _ = functional_call(layer, parameters, (u,), options)
+        return y.square().sum(), y
+    gradients, y = grad(loss, has_aux=True)(trained(layer))
+    return y, gradients
+
+
+def by_vmap(layer, u, **options):
+    """The same by torch.func.vmap over the batch, with the gradient of each sample."""
+    y = vmap(lambda sample: layer(sample[None], **options)[0][0])(u)
+    gradients = vmap(lambda sample: by_func(layer, sample[None], **options)[1])(u)
+    return y, {name: gradient.sum(0) for name, gradient in gradients.items()}
+
+
+def by_compiler(layer, u, fullgraph):
+    """The same by torch.compile, with the back end that traces forward and backward but generates no code."""
+    torch._dynamo.reset()
+    return run(layer, torch.compile(layer, backend="aot_eager", fullgraph=fullgraph), u)
+
+
+FEATURES = {
+    "DistributedDataParallel": lambda layer, u: run(layer, DistributedDataParallel(layer), u),
+    "torch.func.grad": by_func,
+    "torch.func.vmap": by_vmap,
+    "torch.compile": lambda layer, u: by_compiler(layer, u, False),
+    "torch.compile, one graph": lambda layer, u: by_compiler(layer, u, True),
+    "torch.export": lambda layer, u: (torch.export.export(layer, (u,)).module()(u)[0], {}),
+}
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('group')}/file", rank=0,
+                                         world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="the table is that of torch 2.13")
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("cls", LAYERS)
+def test_the_table(cls, feature, process_group):
+    case, layer, u = build(cls)
+    expected, gradients = run(layer, layer, u)
+    outcome = EXPECTED[cls][feature]
+    if outcome not in (True, "warns"):
+        with pytest.raises(Exception, match=re.escape(outcome)):
+            FEATURES[feature](layer, u)
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        y, found = FEATURES[feature](layer, u)
+    assert error(y, expected) <= 1e-5
+    for name in found:
+        assert error(found[name], gradients[name]) <= 1e-5, name
+    assert bool([w for w in caught if w.category is UserWarning]) == (outcome == "warns"), [str(w) for w in caught]
+
+
+@pytest.mark.parametrize("cls, method", [("S5", "conv"), ("LRU", "conv"), ("SelectiveSSM", "step"), ("Mamba", "step")])
+def test_torch_func_works_in_the_other_modes(cls, method):
+    case, layer, u = build(cls)
+    expected, gradients = run(layer, layer, u)
+    for by in (by_func, by_vmap):
+        y, found = by(layer, u, method=method)
+        assert error(y, expected) <= 1e-5 and all(error(found[name], gradients[name]) <= 1e-5 for name in found)
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_no_warning_is_printed(cls, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        case, layer, u = build(cls)
+        x = random_state(layer, 3)
+        for method in case.methods:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y, last = layer(u.requires_grad_(), x, method=method)
+            sum(t.abs().sum() for t in [y, *leaves(last)]).backward()
+        layer.step(u[..., 0], x, discrete=layer.discretize(2.0))
+    assert capfd.readouterr() == ("", "")
