@@ -1,4 +1,4 @@
-"""DSS, the diagonal state space layer that came first: softmax over the length, and its successor "exp".
+"""DSS, the diagonal state space layer that came first: softmax over the length, and its variant "exp".
 
     Gupta, Gu, Berant: Diagonal State Spaces are as Effective as Structured State Spaces (2022),
     arXiv 2203.14343
@@ -29,7 +29,7 @@ it gets a state, a step and a rate here, none of which the official code has: C 
 rate changes e^z and the hold. Version "exp" has no normalizer, C = W and Re Lambda = -exp(Lambda_re) < 0,
 which S4D continues.
 
-Why no factor 2 Re here? Lambda starts with Im Lambda > 0 only, but all n values are independent: the real
+Why no factor 2? Lambda starts with Im Lambda > 0 only, but all n values are independent: the real
 part alone makes the output real. A conjugate pair with half the weights would give the same.
 
 How the recurrence stays finite if Re Lambda > 0. Then e^{kz} grows, and C is as small as e^{-l_max z}. Both
@@ -99,7 +99,7 @@ def learning_rates(layer: nn.Module, lr, names: dict) -> dict:
 def legs_eigenvalues(n: int) -> Tensor:
     """Imaginary parts > 0 of the eigenvalues of -1/2 + S, the normal part of HiPPO-LegS, descending: (n/2).
 
-    S is skew-symmetric with S_ij = sqrt((2i+1)(2j+1)) / 2 above the diagonal (arXiv 2206.11893, section 4.1),
+    S is skew-symmetric with S_ij = sqrt((2i+1)(2j+1)) / 2 above the diagonal (arXiv 2206.11893, section 4),
     so i S is Hermitian and its eigenvalues are real and sorted.
     """
     p = torch.sqrt(2 * torch.arange(n, dtype=torch.float64) + 1)
@@ -113,7 +113,7 @@ def phi(z: Tensor) -> Tensor:
     """(exp(z) - 1) / z, which is 1 at z = 0. Near 0 the difference would cancel: there its Taylor series."""
     small = z.abs() < 1e-3
     series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5)))
-    z = torch.where(small, 1, z)             # keeps the gradient of the branch that is not taken finite
+    z = torch.where(small, 1, z)             # or the branch not taken would turn gradients into 0 * inf = nan
     return torch.where(small, series, (z.exp() - 1) / z)
 
 
@@ -141,7 +141,7 @@ class Discrete(NamedTuple):
 # ---- time in two digits ----
 
 def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """a^0, a^1, ..., a^(count - 1) on a new axis before the last, (h, n) -> (h, count, n), by two digits too."""
+    """a^0, a^1, ..., a^(count - 1) on a new axis, (h, n) -> (h, count, n), by two digits of the exponent."""
     def first(a, count):
         p = [torch.ones_like(a)]
         while len(p) < count:
@@ -154,8 +154,8 @@ def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 
 def two_digits(a: Tensor, l: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """low = a^i (h, T, n) in the complex type of dtype, high = a^{jT} (h, J, n) in double precision, JT >= l."""
-    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # a multiple of sqrt(l), by measurement
+    """low = a^i (h, T, n) in the precision of dtype, high = a^{jT} (h, J, n) in double precision, JT >= l."""
+    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # about 2 sqrt(l), by measurement
     return powers(a, T, dtype.to_complex()), powers(a ** T, -(-l // T), a.dtype)
 
 
@@ -165,7 +165,7 @@ def as_real(z: Tensor, dtype: torch.dtype, conj: bool = False) -> Tensor:
     Re sum_n v_n w_n is then the real product of as_real(v) and as_real(w, conj=True).
     """
     z = z.to(dtype.to_complex())
-    return torch.view_as_real(z.conj_physical() if conj else z).flatten(-2)  # view_as_real refuses a lazy conj
+    return torch.view_as_real(z.conj_physical() if conj else z).flatten(-2)  # .conj() would be lazy
 
 
 def ssm_kernel(d: Discrete, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
@@ -194,10 +194,11 @@ def state_of_input(d: Discrete, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
     """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (b, h, l) with K (h, l).
 
-    The FFT convolves on a circle: zeros up to length 2l - 1 keep the end out of the beginning; m 2^k is fast.
+    The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. Lengths
+    2^i, 3 2^i and 5 2^i are fast.
     """
     l = u.shape[-1]
-    size = min(m << ((2 * l - 2) // m).bit_length() for m in (1, 3, 5))
+    size = min(odd << ((2 * l - 2) // odd).bit_length() for odd in (1, 3, 5))
     return torch.fft.irfft(torch.fft.rfft(u, size) * torch.fft.rfft(K, size), size)[..., :l]
 
 
@@ -209,7 +210,7 @@ class DSS(nn.Module):
     d_model, d_state: number of features h; number of states n per feature, all complex and independent
     version: "softmax", normalized over l_max steps, or "exp", with Re Lambda < 0 and no normalization
     l_max: longest sequence of version "softmax", in steps at rate 1; "exp" takes any length
-    dt_min, dt_max: the step sizes start log-uniform in between, in the unit of time in which A is written
+    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time in which A is written
     lr: learning rates of dt and A (Lambda) for the optimizer, recorded in `ssm_lr` (see learning_rates)
     Raises ValueError for any other value.
     """
@@ -302,7 +303,7 @@ class DSS(nn.Module):
         self.check_length(u.shape[-1], rate)
         if state is not None:
             self.check_state(state, u.shape[0])
-        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # 16 bits would not do
+        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # half precision is too coarse
             run = self._conv if method == "conv" else self._steps
             y, last = run(u.to(self.dtype), state, rate)
         return y.to(u.dtype), last

@@ -257,11 +257,11 @@ def train(args, net, images, labels, out, saved):
             optimizer.step()
             schedule.step()
             sums += torch.stack([loss.detach(), (scores.argmax(1) == labels[mine]).float().mean()])
-            first = (epoch, step) == (1, min(5, steps))         # in place on a terminal, in a log only once
-            if first or step % 10 == 0 and sys.stdout.isatty():
+            end = "\n" if (epoch, step) == (1, min(5, steps)) else ""       # else in place, if on a terminal
+            if end or step % 10 == 0 and sys.stdout.isatty():
                 (a, b), t = (sums / step).tolist(), (time.time() - start) / step * steps / 60
-                print(f"\repoch {epoch}, step {step}/{steps}: loss {a:.3f}, accuracy {b:.1%}, {t:.1f} min/epoch, "
-                      f"{t * (args.epochs + 1 - epoch):.0f} left", end="\n" * first, flush=True)
+                print(f"\repoch {epoch}, step {step}/{steps}: loss {a:.3f}, accuracy {b:.1%}, "
+                      f"{t:.1f} min/epoch, {t * (args.epochs + 1 - epoch):.0f} left", end=end, flush=True)
         if WORLD > 1:
             dist.all_reduce(sums)
         loss, accuracy = (sums / steps / WORLD).tolist()

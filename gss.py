@@ -98,7 +98,7 @@ def random_or_linear_A(measure: str, c: int, n: int) -> Tensor:
     """The initial eigenvalues: (c, n) complex128.
 
     diag-rand: -Re log-uniform in (1e-3, 1), Im uniform in (0, pi), per sample if dt = 1
-    diag-lin: -1/2 + i pi k for k = 0 ... n - 1 (S4D-Lin, arXiv 2206.11893, eq. 9)
+    diag-lin: -1/2 + i pi k for k = 0 ... n - 1 (S4D-Lin, arXiv 2206.11893)
     """
     require(measure in MEASURES, "measure", measure, f"choose one of {', '.join(MEASURES)}")
     if measure == "diag-lin":
@@ -114,7 +114,7 @@ def phi(z: Tensor) -> Tensor:
     """(exp(z) - 1) / z, which is 1 at z = 0. Near 0 the difference would cancel: there its Taylor series."""
     small = z.abs() < 1e-3
     series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5)))
-    z = torch.where(small, 1, z)             # keeps the gradient of the branch that is not taken finite
+    z = torch.where(small, 1, z)             # or the branch not taken would turn gradients into 0 * inf = nan
     return torch.where(small, series, (z.exp() - 1) / z)
 
 
@@ -133,7 +133,7 @@ class Discrete(NamedTuple):
 # ---- time in two digits ----
 
 def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """a^0, a^1, ..., a^(count - 1) on a new axis before the last, (h, n) -> (h, count, n), by two digits too."""
+    """a^0, a^1, ..., a^(count - 1) on a new axis, (h, n) -> (h, count, n), by two digits of the exponent."""
     def first(a, count):
         p = [torch.ones_like(a)]
         while len(p) < count:
@@ -146,8 +146,8 @@ def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 
 def two_digits(a: Tensor, l: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """low = a^i (h, T, n) in the complex type of dtype, high = a^{jT} (h, J, n) in double precision, JT >= l."""
-    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # a multiple of sqrt(l), by measurement
+    """low = a^i (h, T, n) in the precision of dtype, high = a^{jT} (h, J, n) in double precision, JT >= l."""
+    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # about 2 sqrt(l), by measurement
     return powers(a, T, dtype.to_complex()), powers(a ** T, -(-l // T), a.dtype)
 
 
@@ -157,7 +157,7 @@ def as_real(z: Tensor, dtype: torch.dtype, conj: bool = False) -> Tensor:
     Re sum_n v_n w_n is then the real product of as_real(v) and as_real(w, conj=True).
     """
     z = z.to(dtype.to_complex())
-    return torch.view_as_real(z.conj_physical() if conj else z).flatten(-2)  # view_as_real refuses a lazy conj
+    return torch.view_as_real(z.conj_physical() if conj else z).flatten(-2)  # .conj() would be lazy
 
 
 def ssm_kernel(d: Discrete, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
@@ -186,10 +186,11 @@ def state_of_input(d: Discrete, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
     """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (b, h, l) with K (h, l).
 
-    The FFT convolves on a circle: zeros up to length 2l - 1 keep the end out of the beginning; m 2^k is fast.
+    The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. Lengths
+    2^i, 3 2^i and 5 2^i are fast.
     """
     l = u.shape[-1]
-    size = min(m << ((2 * l - 2) // m).bit_length() for m in (1, 3, 5))
+    size = min(odd << ((2 * l - 2) // odd).bit_length() for odd in (1, 3, 5))
     return torch.fft.irfft(torch.fft.rfft(u, size) * torch.fft.rfft(K, size), size)[..., :l]
 
 
@@ -209,7 +210,7 @@ class GSS(nn.Module):
     gate: False leaves out the gate: o = W_o SSM(GELU(W_u u))
     measure: initial A: "diag-rand" or "diag-lin" (see random_or_linear_A)
     train_B, train_dt: train B, starting from 1, and the step sizes
-    dt_min, dt_max: the step sizes start log-uniform in between, in the unit of time in which A is written
+    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time in which A is written
     lr: learning rates of dt, A and B for the optimizer, recorded in `ssm_lr` (see learning_rates)
     Raises ValueError for any other value.
     """
@@ -312,7 +313,7 @@ class GSS(nn.Module):
     def _gated(self, ssm, u: Tensor) -> tuple[Tensor, Optional[Tensor]]:
         """Equation (1) around ssm(v) -> y, final state: u (b, h, l) -> o (b, h, l), final state."""
         v = nn.functional.gelu(channel_map(self.input_linear, u))
-        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # 16 bits would not do
+        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # half precision is too coarse
             y, last = ssm(v.to(self.dtype))
         if self.input_gate is not None:
             y = channel_map(self.output_gate, y) * nn.functional.gelu(channel_map(self.input_gate, u))

@@ -21,7 +21,7 @@ The normalization (paper, section 3.4): with white noise as input, |x|^2 grows t
 near the unit circle is large. So gamma starts as sqrt(1 - |lambda|^2), and is trained as gamma =
 exp(gamma_log).
 
-Why is there no factor 2 Re? Nothing makes the n states conjugate pairs; the real part alone makes the output
+Why no factor 2? Nothing makes the n states conjugate pairs; the real part alone makes the output
 real.
 
 What rate means here. (1) is the zero-order hold of x' = Lambda x + b u with step size 1, if Lambda = log
@@ -29,7 +29,7 @@ lambda and (lambda - 1) / Lambda b = gamma B. With step size rate, the same diff
 
     x_k = lambda^rate x_{k-1} + (lambda^rate - 1) / (lambda - 1) gamma B u_k,                         (2)
 
-where log lambda has its imaginary part in (-pi, pi]: a phase just below 2 pi is a slow rotation backwards.
+where log lambda has its imaginary part in [-pi, pi): a phase just below 2 pi is a slow rotation backwards.
 
 Why a scan? With many inputs the kernel is an (h, h) matrix for each lag, so a convolution does not pay. But
 (1) is associative: two steps in a row, x -> a x + v and then x -> a' x + v', are one, x -> a'a x + (a' v +
@@ -113,7 +113,7 @@ def phi(z: Tensor) -> Tensor:
     """(exp(z) - 1) / z, which is 1 at z = 0. Near 0 the difference would cancel: there its Taylor series."""
     small = z.abs() < 1e-3
     series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5)))
-    z = torch.where(small, 1, z)             # keeps the gradient of the branch that is not taken finite
+    z = torch.where(small, 1, z)             # or the branch not taken would turn gradients into 0 * inf = nan
     return torch.where(small, series, (z.exp() - 1) / z)
 
 
@@ -132,7 +132,7 @@ def as_real(z: Tensor, dtype: torch.dtype, conj: bool = False) -> Tensor:
     Re sum_n v_n w_n is then the real product of as_real(v) and as_real(w, conj=True).
     """
     z = z.to(dtype.to_complex())
-    return torch.view_as_real(z.conj_physical() if conj else z).flatten(-2)  # view_as_real refuses a lazy conj
+    return torch.view_as_real(z.conj_physical() if conj else z).flatten(-2)  # .conj() would be lazy
 
 
 def scan_in_place(v: Tensor, a: Tensor, x: Tensor, reverse: bool = False) -> None:
@@ -161,8 +161,8 @@ class Scan(torch.autograd.Function):
     """x_k = a x_{k-1} + B u_k, y_k = Re(C x_k) + D u_k for k = 0 ... l-1, from x_{-1} = x0.
 
     u (b, h, l), a (n), B (n, h), C (h, n) complex128, D (h), x0 (b, n) -> y (b, h, l), x_{l-1} (b, n).
-    Gradient, with g_k = dL/dy_k and w_k = conj(dL/d(B u_k)): the adjoint recurrence w_k = a w_{k+1} + C^T g_k is
-    the same scan backwards in time. dL/da = conj(sum_k x_{k-1} w_k), dL/dB = conj(sum_k w_k u_k^T), dL/dC =
+    Gradient, with g_k = dL/dy_k and w_k = conj(dL/d(B u_k)): the adjoint recurrence w_k = a w_{k+1} + C^T g_k
+    is the same scan backwards in time. dL/da = conj(sum_k x_{k-1} w_k), dL/dB = conj(sum_k w_k u_k^T), dL/dC =
     conj(sum_k g_k x_k^T), dL/du_k = Re(B^T w_k) + D g_k, dL/dx0 = conj(a w_0). Only u and the x_k are saved.
     """
 
@@ -170,7 +170,8 @@ class Scan(torch.autograd.Function):
     def forward(ctx, u, a, B, C, D, x0):
         b, l, T = len(u), u.shape[-1], math.isqrt(u.shape[-1] - 1) + 1       # about sqrt(l) blocks of T
         x = u.new_zeros(b, -(-l // T) * T, len(a), dtype=x0.dtype)           # zeros after the end
-        torch.bmm(u.mT, as_real(B.mT, u.dtype).expand(b, -1, -1), out=torch.view_as_real(x[:, :l]).flatten(-2))
+        v = torch.view_as_real(x[:, :l]).flatten(-2)                         # B u, written in place
+        torch.bmm(u.mT, as_real(B.mT, u.dtype).expand(b, -1, -1), out=v)
         scan_in_place(x.unflatten(1, (-1, T)), a, x0)
         ctx.save_for_backward(u, a, B, C, D, x0, x)
         y = torch.bmm(as_real(C, u.dtype, conj=True).expand(b, -1, -1), as_real(x[:, :l], u.dtype).mT)
@@ -178,29 +179,36 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y, grad_last):
+    def backward(ctx, g, g_last):
         u, a, B, C, D, x0, x = ctx.saved_tensors
+        grad_D, grad_u = (g * u).sum((0, 2)), g * D[:, None]
+        halves = zip(*(t.chunk(2) for t in (u, x, x0, g, g_last, grad_u)))   # of the batch, to save memory
+        grad_a, grad_B, grad_C, grad_x0 = zip(*(Scan.adjoint(a, B, C, *half) for half in halves))
+        return grad_u, sum(grad_a), sum(grad_B), sum(grad_C), grad_D, torch.cat(grad_x0)
+
+    @staticmethod
+    def adjoint(a, B, C, u, x, x0, g, g_last, grad_u):
+        """dL/da, dL/dB, dL/dC and dL/dx0 of a part of the batch; adds Re(B^T w) to grad_u."""
+        def conj(z):                                                         # (.., 2n) real -> (.., n) complex
+            return torch.view_as_complex(z.unflatten(-1, (-1, 2))).conj().to(a.dtype)
+
         b, l, T = len(u), u.shape[-1], math.isqrt(u.shape[-1] - 1) + 1
         w = torch.zeros_like(x)
-        torch.bmm(grad_y.mT, as_real(C, u.dtype).expand(b, -1, -1), out=torch.view_as_real(w[:, :l]).flatten(-2))
-        w[:, l - 1] += grad_last.conj()
+        direct = torch.view_as_real(w[:, :l]).flatten(-2)                    # C^T g, written in place
+        torch.bmm(g.mT, as_real(C, u.dtype).expand(b, -1, -1), out=direct)
+        w[:, l - 1] += g_last.conj()
         blocks, states = w.unflatten(1, (-1, T)), x.unflatten(1, (-1, T))
         scan_in_place(blocks, a, torch.zeros_like(x0), reverse=True)
-        previous = torch.cat([x0[:, None], states[:, :-1, -1]], 1)           # x_{k-1} for the start of each block
+        previous = torch.cat([x0[:, None], states[:, :-1, -1]], 1)           # x_{k-1} at the starts of blocks
         total = torch.zeros_like(previous)
         for x_i, w_i in zip(states.unbind(2), blocks.unbind(2)):
             total.addcmul_(previous, w_i)
             previous = x_i
-
-        def conj(z):                                                         # (.., 2n) real -> (.., n) complex128
-            return torch.view_as_complex(z.unflatten(-1, (-1, 2))).conj().to(a.dtype)
-
         grad_a = conj(torch.view_as_real(total).sum((0, 1)).flatten())
         w, x = as_real(w[:, :l], u.dtype), as_real(x[:, :l], u.dtype)        # (b, l, 2n)
-        grad_B, grad_C = conj(torch.bmm(u, w).sum(0)).mT, conj(torch.bmm(grad_y, x).sum(0))
-        grad_D, grad_u = torch.einsum("bhl,bhl->h", grad_y, u), grad_y * D[:, None]
         grad_u.baddbmm_(as_real(B.mT, u.dtype, conj=True).expand(b, -1, -1), w.mT)
-        return grad_u, grad_a, grad_B, grad_C, grad_D, (a.to(x0.dtype) * blocks[:, 0, 0]).conj()
+        grad_B, grad_C = conj(torch.bmm(u, w).sum(0)).mT, conj(torch.bmm(g, x).sum(0))
+        return grad_a, grad_B, grad_C, (a.to(x0.dtype) * blocks[:, 0, 0]).conj()
 
 
 def power_series(a: Tensor, count: int) -> Tensor:
@@ -296,7 +304,7 @@ class LRU(nn.Module):
         require(method in ("scan", "conv", "step"), "method", method, "choose scan, conv or step")
         if state is not None:
             self.check_state(state, u.shape[0])
-        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # 16 bits would not do
+        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # half precision is too coarse
             run = {"scan": self._scan, "conv": self._conv, "step": self._steps}[method]
             d, zero = self._discretize(rate), u.new_zeros(len(u), len(self.B), dtype=self.dtype.to_complex())
             x = zero if state is None else state.to(zero.dtype)
@@ -318,7 +326,7 @@ class LRU(nn.Module):
     def _conv(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
         """The same by FFT: each state convolves its input B_bar u with the powers A_bar^k."""
         l = u.shape[-1]
-        size = min(m << ((2 * l - 2) // m).bit_length() for m in (1, 3, 5))
+        size = min(odd << ((2 * l - 2) // odd).bit_length() for odd in (1, 3, 5))
         v = torch.complex(d.B_bar.real.to(u.dtype) @ u, d.B_bar.imag.to(u.dtype) @ u)        # (b, n, l)
         start = v[..., :1] + (d.A_bar.to(v.dtype) * x)[..., None]            # x_{-1} enters as part of v_0
         v = torch.cat([start, v[..., 1:]], -1)

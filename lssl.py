@@ -26,7 +26,8 @@ Legendre polynomials P_i. With s the time before t, in the unit in which A is wr
     LegT, a sliding window 0 < s < 1:    u(t - s) ~ sum_i x_i(t) sqrt(2i+1) P_i(1 - 2s)                (4)
     LegS, all of the past, fading:       u(t - s) ~ sum_i x_i(t) sqrt(2i+1) P_i(2 e^{-s} - 1)          (5)
 
-The state is a compressed history, and C reads from it what the task needs.
+The state is a compressed history, and C reads from it what the task needs. Differs from HiPPO: LegS there has
+a factor 1/t and weighs all of the past equally; without it, as in this paper, the past fades with e^{-s}.
 
 Discretization. The generalized bilinear transform solves the step from k-1 to k with the weight alpha on its
 end:
@@ -41,7 +42,8 @@ K_{jT+i} = (C A_bar^i) (A_bar^{jT} B_bar). Both factors come from the squares A_
 doubling, and one matrix product is the kernel. It still costs n^3 log l: this is what S4 was invented for.
 
 What is trained: C and D (LSSL-f, fixed A and dt), and on request A with B (one for all features or one each)
-and dt. A trained dense A is not kept stable by anything; S4 repairs that as well.
+and dt. A trained dense A is not kept stable by anything; S4 repairs that as well. Differs from the paper, which restricts a
+trained A to a structured class.
 
 Symbols: b batch, h features (d_model), n states (d_state), l length, m channels; u (b, h, l), y (b, m h, l);
 x (b, h, n); A (n, n) or (h, n, n), B (n) or (h, n), C (m, h, n), D (m, h), dt (h); A_bar (h, n, n), B_bar (h,
@@ -101,7 +103,7 @@ MEASURES = ("legs", "legt")
 
 
 def hippo_legendre(measure: str, n: int) -> tuple[Tensor, Tensor]:
-    """A (n, n) and B (n) of HiPPO, float64 (arXiv 2008.07669, eq. 1 and 3, in the orthonormal basis).
+    """A (n, n) and B (n) of HiPPO, float64 (arXiv 2008.07669, signs of 2206.12037).
 
     legs: A_ij = -sqrt((2i+1)(2j+1)) for i > j, -(i+1) for i = j, 0 for i < j;   B_i = sqrt(2i+1)
     legt: A_ij = -sqrt((2i+1)(2j+1)), times (-1)^(i-j) for i < j;                B_i = sqrt(2i+1)
@@ -162,7 +164,7 @@ def krylov(powers: list[Tensor], x: Tensor) -> Tensor:
 
 def two_digits(powers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The squares that make up A_bar^i, i < T, and those of A_bar^{jT}, where k = jT + i, T a power of 2."""
-    return powers[:len(powers) // 2 + 1], powers[len(powers) // 2 + 1:]
+    return powers[:len(powers) // 2 + 2], powers[len(powers) // 2 + 2:]      # T about 4 sqrt(l), by measurement
 
 
 def output_of_state(C: Tensor, powers: list[Tensor], x: Tensor) -> Tensor:
@@ -207,10 +209,11 @@ def krylov_kernel(C: Tensor, B_bar: Tensor, powers: list[Tensor]) -> Tensor:
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
     """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (b, h, l) with K (h, l).
 
-    The FFT convolves on a circle: zeros up to length 2l - 1 keep the end out of the beginning; m 2^k is fast.
+    The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. Lengths
+    2^i, 3 2^i and 5 2^i are fast.
     """
     l = u.shape[-1]
-    size = min(m << ((2 * l - 2) // m).bit_length() for m in (1, 3, 5))
+    size = min(odd << ((2 * l - 2) // odd).bit_length() for odd in (1, 3, 5))
     return torch.fft.irfft(torch.fft.rfft(u, size) * torch.fft.rfft(K, size), size)[..., :l]
 
 
@@ -225,7 +228,7 @@ class LSSL(nn.Module):
     channels: number m of outputs per feature; channel c of feature i is output c h + i
     train_A: "no" (LSSL-f), "shared" (one A and B for all features) or "each" (one for each feature)
     train_dt: train the step sizes
-    dt_min, dt_max: the step sizes start log-uniform in between, in the unit of time in which A is written
+    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time in which A is written
     lr: learning rates of dt, A and B for the optimizer, recorded in `ssm_lr` (see learning_rates)
     Raises ValueError for any other value.
     """
@@ -312,7 +315,7 @@ class LSSL(nn.Module):
         require(method in ("conv", "step"), "method", method, "choose conv or step")
         if state is not None:
             self.check_state(state, u.shape[0])
-        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # 16 bits would not do
+        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # half precision is too coarse
             run = self._conv if method == "conv" else self._steps
             y, last = run(u.to(self.dtype), state, rate)
         return y.to(u.dtype), last

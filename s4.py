@@ -24,11 +24,11 @@ The kernel. Its generating function sums the geometric series of (1), with the b
 
     K^(z) = sum_k K_k z^k = C (1 - z A_bar)^{-1} B_bar = 2/(1+z) C (s - A)^{-1} B,  s = 2/dt (1-z)/(1+z).  (3)
 
-Woodbury reduces the inverse in (3) to inverses of the diagonal s - Lambda, that is to Cauchy sums
+With R = (s - Lambda)^{-1}, which is diagonal, the Woodbury identity leaves only an r x r inverse:
 
-    k(v) = sum_n v_n / (s - Lambda_n),    v = C B, C P, P* B or P* P,
+    C (s - A)^{-1} B = C R B - C R P (1 + P* R P)^{-1} P* R B.
 
-in which a conjugate pair adds 2 (s Re v - Re(v Lambda*)) / (s^2 - 2 s Re Lambda + |Lambda|^2). The
+Its factors are Cauchy sums sum_n v_n / (s - Lambda_n) with v = C B, C P, P* B or P* P. A conjugate pair adds 2 (s Re v - Re(v Lambda*)) / (s^2 - 2 s Re Lambda + |Lambda|^2). The
 denominator is the same for all of them: one complex array (h, n/2, nodes).
 
 Differs from the paper: (3) is evaluated on a circle of radius r < 1, z_j = r exp(-2 pi i j / M), and
@@ -36,15 +36,15 @@ Differs from the paper: (3) is evaluated on a circle of radius r < 1, z_j = r ex
     K_k = r^{-k} irfft(K^(z_j))_k - r^M K_{k+M} - ...                                                 (4)
 
 drops the last terms. With M = l and r^M = 1e-8, that error and the rounding of double precision amplified by
-r^{-k} are both 1e-8 (Abate and Whitt 1992 invert generating functions so). The paper takes r = 1, where
-nothing decays: its parameter is C (1 - A_bar^l) for one fixed l, has to be doubled for longer sequences, is
-wrong at other rates, and the node z = -1 is a pole. Here C is C, and any length and rate just work.
+r^{-k} are both 1e-8 (float64 layers: M = 2l and 2e-11; Abate and Whitt 1992 invert generating functions so). The paper takes r = 1, where
+nothing decays: its parameter is C (1 - A_bar^l), tied to one length l and one rate, and the node z = -1 is a
+pole. Here C is C, and any length and rate just work.
 
 Why bilinear? (3) needs only s - A. Zero-order hold would need the exponential of a dense matrix. In mode
 "diag" it is the other way round, as s4d.py explains.
 
-State and step use a real form: x = [Re; Im] of the kept half, q = [Re P; Im P], A = rot(Lambda) - 2 q q^T,
-real n x n.
+State and step use a real form: x = [Re; Im] of the kept half, q = [Re P; Im P], and the real n x n matrix
+A = [[Re Lambda, -Im Lambda], [Im Lambda, Re Lambda]] - 2 q q^T.
 
 What is trained: log_dt, Lambda, P, B, C, D. What stays fixed by construction: Re Lambda < 0 and the sign of P
 P*, so A + A* < 0, and every |eigenvalue of A_bar| < 1.
@@ -107,7 +107,8 @@ def hippo(measure: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """A (n, n), B (n) and the low-rank correction P (r, n), real, for which A + P^T P is normal.
 
     legs, all of the past: A_ij = -sqrt((2i+1)(2j+1)) for i > j, -(i+1) for i = j (arXiv 2111.00396, eq. 2)
-    legt, a sliding window: A_ij = -sqrt((2i+1)(2j+1)) / 2, times (-1)^(i-j) for i < j (arXiv 2206.12037)
+    legt, a sliding window of length 2: A_ij = -sqrt((2i+1)(2j+1)) / 2, times (-1)^(i-j) for i < j, half of
+        lssl.py's (arXiv 2206.12037)
     fout, a window in a Fourier basis: rotations by pi j, minus B B^T (arXiv 2206.12037)
     """
     i = torch.arange(n, dtype=torch.float64)
@@ -169,7 +170,7 @@ MEASURES = {   # several measures stand side by side, on alternating features
 
 REAL_TYPES = {   # -Re A as a function of the parameter, and the inverse; "none" does not keep it positive
     "exp": (torch.exp, torch.log),
-    "relu": (lambda raw: raw.relu() + 1e-4, lambda value: value - 1e-4),
+    "relu": (lambda raw: raw.relu() + 1e-4, lambda value: (value - 1e-4).clamp(min=1e-4)),   # 0 would not learn
     "softplus": (nn.functional.softplus, lambda value: value + torch.log(-torch.expm1(-value))),
     "none": (lambda raw: raw, lambda value: value),
 }
@@ -181,7 +182,7 @@ def phi(z: Tensor) -> Tensor:
     """(exp(z) - 1) / z, which is 1 at z = 0. Near 0 the difference would cancel: there its Taylor series."""
     small = z.abs() < 1e-3
     series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5)))
-    z = torch.where(small, 1, z)             # keeps the gradient of the branch that is not taken finite
+    z = torch.where(small, 1, z)             # or the branch not taken would turn gradients into 0 * inf = nan
     return torch.where(small, series, (z.exp() - 1) / z)
 
 
@@ -227,7 +228,7 @@ def nplr_kernel(Lambda: Tensor, B: Tensor, P: Tensor, C: Tensor, dt: Tensor, l: 
     Lambda, B (h, n), P (r, h, n), C (m, h, n) complex128 halves of conjugate pairs, dt (h).
     exact: 1e-11 instead of 1e-8, from twice as many nodes
     """
-    M = min(m << ((l - 1) // m).bit_length() for m in (1, 3, 5)) * (2 if exact else 1)     # >= l, a fast FFT
+    M = min(odd << ((l - 1) // odd).bit_length() for odd in (1, 3, 5)) * (2 if exact else 1)     # >= l, a fast FFT
     radius = (2e-11 if exact else 1e-8) ** (1 / M)
     j = torch.arange(M // 2 + 1, dtype=torch.float64, device=dt.device)
     z = torch.polar(torch.full_like(j, radius), -2 * math.pi / M * j)
@@ -253,7 +254,7 @@ def nplr_kernel(Lambda: Tensor, B: Tensor, P: Tensor, C: Tensor, dt: Tensor, l: 
 
 
 def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """a^0, a^1, ..., a^(count - 1) on a new axis before the last, (h, n) -> (h, count, n), by two digits too."""
+    """a^0, a^1, ..., a^(count - 1) on a new axis, (h, n) -> (h, count, n), by two digits of the exponent."""
     def first(a, count):
         p = [torch.ones_like(a)]
         while len(p) < count:
@@ -292,7 +293,7 @@ def krylov(powers: list[Tensor], x: Tensor) -> Tensor:
 
 def two_digits(powers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The squares that make up A_bar^i, i < T, and those of A_bar^{jT}, where k = jT + i, T a power of 2."""
-    return powers[:len(powers) // 2 + 1], powers[len(powers) // 2 + 1:]
+    return powers[:len(powers) // 2 + 2], powers[len(powers) // 2 + 2:]      # T about 4 sqrt(l), by measurement
 
 
 def output_of_state(C: Tensor, powers: list[Tensor], x: Tensor) -> Tensor:
@@ -337,10 +338,11 @@ def krylov_kernel(C: Tensor, B_bar: Tensor, powers: list[Tensor]) -> Tensor:
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
     """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (b, h, l) with K (h, l).
 
-    The FFT convolves on a circle: zeros up to length 2l - 1 keep the end out of the beginning; m 2^k is fast.
+    The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. Lengths
+    2^i, 3 2^i and 5 2^i are fast.
     """
     l = u.shape[-1]
-    size = min(m << ((2 * l - 2) // m).bit_length() for m in (1, 3, 5))
+    size = min(odd << ((2 * l - 2) // odd).bit_length() for odd in (1, 3, 5))
     return torch.fft.irfft(torch.fft.rfft(u, size) * torch.fft.rfft(K, size), size)[..., :l]
 
 
@@ -368,7 +370,7 @@ class S4(nn.Module):
         default legs stands for diag-legs in mode diag
     disc: nplr: "bilinear" (default). diag: "zoh" (default), "bilinear", "dss" (kernel of DSS, needs l_max)
     real_type: -Re Lambda is "exp", "relu" or "softplus" of its parameter, or with "none" the parameter, and
-        then nothing but the optimizer's luck keeps the system stable
+        then nothing keeps the system stable (but the optimizer's luck)
     rank: rank of P, at least that of the measure (default); more columns start as small noise
     n_ssm: number of different (A, B), a divisor of h (default: h, one for each feature)
     channels: number m of outputs per feature; channel c of feature i is output c h + i
@@ -376,7 +378,7 @@ class S4(nn.Module):
     gate, bottleneck: y = W_o((W_y SSM(GELU(W_u u))) * GELU(W_v u)), the SSM on h / bottleneck features, the
         product on h gate of them (see gss.py); each can be used without the other
     l_max: the length over which disc "dss" normalizes
-    dt_min, dt_max: the step sizes start log-uniform in between, in the unit of time in which A is written
+    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time in which A is written
     lr: learning rates of dt, A (with P) and B for the optimizer, recorded in `ssm_lr` (see learning_rates)
     Raises ValueError for any other value.
     """
@@ -502,7 +504,7 @@ class S4(nn.Module):
 
     def _check_causal(self) -> None:
         """A bidirectional layer reads the whole sequence, so that it has no state."""
-        require(not self.bidirectional, "state", "of a bidirectional layer", "pass bidirectional=False")
+        require(not self.bidirectional, "bidirectional", True, "it has no state and no step, pass False")
 
     def initial_state(self, batch_size: int) -> Tensor:
         """x_{-1} = 0: (b, h, n) real, or in mode "diag" (b, h, n/2) complex; h / bottleneck features."""
@@ -561,7 +563,7 @@ class S4(nn.Module):
     def _gated(self, ssm, u: Tensor) -> tuple[Tensor, Optional[Tensor]]:
         """W_o((W_y SSM(GELU(W_u u))) * GELU(W_v u)) with those of the factors that the layer has."""
         v = u if self.input_linear is None else nn.functional.gelu(channel_map(self.input_linear, u))
-        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # 16 bits would not do
+        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # half precision is too coarse
             y, last = ssm(v.to(self.dtype))
         if self.input_gate is not None:
             y = channel_map(self.output_gate, y) * nn.functional.gelu(channel_map(self.input_gate, u))
@@ -583,13 +585,13 @@ class S4(nn.Module):
             K = self._kernels(l, rate)
         else:
             d, x = self._discretize(rate), state
-            if self.mode == "diag":    # as a real system, so that one code serves both (s4d.py has a faster one)
-                d = Discrete(real_form(d.A_bar, d.A_bar[None][:0]), torch.cat([d.B_bar.real, d.B_bar.imag], -1),
-                             torch.cat([d.C.real, -d.C.imag], -1))
+            if self.mode == "diag":    # as a real system: one code serves both (s4d.py has a faster one)
+                A_bar, B_bar = real_form(d.A_bar, d.A_bar[None][:0]), torch.cat([d.B_bar.real, d.B_bar.imag], -1)
+                d = Discrete(A_bar, B_bar, torch.cat([d.C.real, -d.C.imag], -1))
                 x = torch.cat([x.real, x.imag], -1)
             A_powers = [power.to(self.dtype) for power in squares(d.A_bar, l)]
             B_bar, C, x = d.B_bar.to(self.dtype), d.C.transpose(0, 1).to(self.dtype), x.to(self.dtype)
-            K = krylov_kernel(C, B_bar, A_powers)[..., :l]                   # the powers are there: no Cauchy sums
+            K = krylov_kernel(C, B_bar, A_powers)[..., :l]                   # the powers are there already
         past = torch.cat([K[:m, :, :1] + self.D[..., None], K[:m, :, 1:]], -1)   # D u: an impulse at k = 0
         y = fft_conv(u[:, None], past)                                       # (b, m, h, l)
         if self.bidirectional:

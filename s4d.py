@@ -23,18 +23,19 @@ What came before. S4 keeps A = diagonal minus low rank, to start from the HiPPO 
 kernel and the Woodbury identity. S4D drops the low-rank part: A is n numbers, (3) is a product with a
 Vandermonde matrix, and with the right initial eigenvalues it works almost as well.
 
-Why complex, and why 2 Re? A real matrix has complex eigenvalues, decaying oscillations, in conjugate pairs.
-The second of a pair adds the conjugate of what the first adds. So n/2 are stored, and y = 2 Re(C x).
+Why complex, and why 2 Re? The complex eigenvalues of a real matrix come in conjugate pairs, and a pair is one
+decaying oscillation. The second adds the conjugate of what the first adds: n/2 are stored, and y = 2 Re(C x).
 
 Why zero-order hold? If u is constant between samples it solves (1) exactly, and for a diagonal A it costs one
-exponential. The bilinear transform belongs to a dense A, whose exponential is expensive (lssl.py, s4.py).
+exponential. The bilinear transform belongs to a dense A, whose exponential is expensive (lssl.py, s4.py);
+disc="bilinear" has it here for comparison.
 
-The fast kernel. Write time with two digits, k = jT + i, T about sqrt(l). Then A_bar^k = A_bar^{jT} A_bar^i:
+The fast kernel. Write time with two digits, k = jT + i, T a few sqrt(l). Then A_bar^k = A_bar^{jT} A_bar^i:
 
     K_{jT+i} = Re sum_n (2 C_n B_bar_n A_bar_n^{jT}) (A_bar_n^i)                                      (4)
 
 is one product of two small matrices, from n (T + l/T) powers instead of n l. They are computed in double
-precision, because A_bar^k multiplies the rounding of A_bar by k. The same two digits turn a state into its
+precision, because a rounding error of A_bar grows k-fold in A_bar^k. The same two digits turn a state into its
 future outputs, and an input into the state that it leaves: a sequence of any length is a loop over chunks.
 
 What is trained: log_dt (one step size per feature), A, C and D. B stays 1: only the product C B matters.
@@ -96,7 +97,7 @@ MEASURES = ("diag-lin", "diag-inv", "diag-quad", "diag-real", "diag-legs")
 
 REAL_TYPES = {   # -Re A as a function of the parameter, and the inverse; "none" does not keep it positive
     "exp": (torch.exp, torch.log),
-    "relu": (lambda raw: raw.relu() + 1e-4, lambda value: value - 1e-4),
+    "relu": (lambda raw: raw.relu() + 1e-4, lambda value: (value - 1e-4).clamp(min=1e-4)),   # 0 would not learn
     "softplus": (nn.functional.softplus, lambda value: value + torch.log(-torch.expm1(-value))),
     "none": (lambda raw: raw, lambda value: value),
 }
@@ -105,7 +106,7 @@ REAL_TYPES = {   # -Re A as a function of the parameter, and the inverse; "none"
 def legs_eigenvalues(n: int) -> Tensor:
     """Imaginary parts > 0 of the eigenvalues of -1/2 + S, the normal part of HiPPO-LegS, descending: (n/2).
 
-    S is skew-symmetric with S_ij = sqrt((2i+1)(2j+1)) / 2 above the diagonal (arXiv 2206.11893, section 4.1),
+    S is skew-symmetric with S_ij = sqrt((2i+1)(2j+1)) / 2 above the diagonal (arXiv 2206.11893, section 4),
     so i S is Hermitian and its eigenvalues are real and sorted.
     """
     p = torch.sqrt(2 * torch.arange(n, dtype=torch.float64) + 1)
@@ -114,7 +115,7 @@ def legs_eigenvalues(n: int) -> Tensor:
 
 
 def initial_A(measure: str, h: int, n: int, real_random: bool = False, imag_random: bool = False) -> Tensor:
-    """The initial eigenvalues, Im A >= 0, of arXiv 2206.11893, section 4: (h, n/2) complex128.
+    """The initial eigenvalues of arXiv 2206.11893, section 4, one of each conjugate pair: (h, n/2) complex128.
 
     -Re A is 1/2, or uniform in (0, 1) with real_random; for diag-real, A = -(1 + i). The index i counts from
     0 to n/2 - 1; with imag_random, and for diag-real with real_random, it is uniform in (0, n/2).
@@ -142,7 +143,7 @@ def phi(z: Tensor) -> Tensor:
     """(exp(z) - 1) / z, which is 1 at z = 0. Near 0 the difference would cancel: there its Taylor series."""
     small = z.abs() < 1e-3
     series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5)))
-    z = torch.where(small, 1, z)             # keeps the gradient of the branch that is not taken finite
+    z = torch.where(small, 1, z)             # or the branch not taken would turn gradients into 0 * inf = nan
     return torch.where(small, series, (z.exp() - 1) / z)
 
 
@@ -169,7 +170,7 @@ class Discrete(NamedTuple):
 # ---- time in two digits ----
 
 def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """a^0, a^1, ..., a^(count - 1) on a new axis before the last, (h, n) -> (h, count, n), by two digits too."""
+    """a^0, a^1, ..., a^(count - 1) on a new axis, (h, n) -> (h, count, n), by two digits of the exponent."""
     def first(a, count):
         p = [torch.ones_like(a)]
         while len(p) < count:
@@ -182,8 +183,8 @@ def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 
 def two_digits(a: Tensor, l: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """low = a^i (h, T, n) in the complex type of dtype, high = a^{jT} (h, J, n) in double precision, JT >= l."""
-    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # a multiple of sqrt(l), by measurement
+    """low = a^i (h, T, n) in the precision of dtype, high = a^{jT} (h, J, n) in double precision, JT >= l."""
+    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # about 2 sqrt(l), by measurement
     return powers(a, T, dtype.to_complex()), powers(a ** T, -(-l // T), a.dtype)
 
 
@@ -193,7 +194,7 @@ def as_real(z: Tensor, dtype: torch.dtype, conj: bool = False) -> Tensor:
     Re sum_n v_n w_n is then the real product of as_real(v) and as_real(w, conj=True).
     """
     z = z.to(dtype.to_complex())
-    return torch.view_as_real(z.conj_physical() if conj else z).flatten(-2)  # view_as_real refuses a lazy conj
+    return torch.view_as_real(z.conj_physical() if conj else z).flatten(-2)  # .conj() would be lazy
 
 
 def ssm_kernel(d: Discrete, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
@@ -222,10 +223,11 @@ def state_of_input(d: Discrete, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
     """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (b, h, l) with K (h, l).
 
-    The FFT convolves on a circle: zeros up to length 2l - 1 keep the end out of the beginning; m 2^k is fast.
+    The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. Lengths
+    2^i, 3 2^i and 5 2^i are fast.
     """
     l = u.shape[-1]
-    size = min(m << ((2 * l - 2) // m).bit_length() for m in (1, 3, 5))
+    size = min(odd << ((2 * l - 2) // odd).bit_length() for odd in (1, 3, 5))
     return torch.fft.irfft(torch.fft.rfft(u, size) * torch.fft.rfft(K, size), size)[..., :l]
 
 
@@ -238,10 +240,10 @@ class S4D(nn.Module):
     measure: initial A: "diag-lin", "diag-inv", "diag-quad", "diag-real" or "diag-legs" (see initial_A)
     disc: discretization, "zoh" or "bilinear"
     real_type: -Re A is "exp", "relu" or "softplus" of its parameter, or with "none" the parameter itself, and
-        then nothing but the optimizer's luck keeps the system stable
+        then nothing keeps the system stable (but the optimizer's luck)
     train_B: train B too, starting from 1
     real_random, imag_random: draw the real or the imaginary parts of A at random
-    dt_min, dt_max: the step sizes start log-uniform in between, in the unit of time in which A is written
+    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time in which A is written
     lr: learning rates of dt, A and B for the optimizer, recorded in `ssm_lr` (see learning_rates)
     Raises ValueError for any other value.
     """
@@ -325,7 +327,7 @@ class S4D(nn.Module):
         require(method in ("conv", "step"), "method", method, "choose conv or step")
         if state is not None:
             self.check_state(state, u.shape[0])
-        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # 16 bits would not do
+        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # half precision is too coarse
             run = self._conv if method == "conv" else self._steps
             y, last = run(u.to(self.dtype), state, rate)
         return y.to(u.dtype), last

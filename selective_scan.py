@@ -25,7 +25,7 @@ agree, and B_k is learned anyway. The simpler one is what Mamba uses.
 
 "Hardware-aware" (paper, section 3.3.2) means: the states (b, d, l, n) are n times as large as the input, so
 do not write them to main memory; compute them where they are used, and once more in the backward pass. Its
-CUDA kernel keeps them in registers. In PyTorch the same idea works in blocks of about sqrt(l) steps:
+CUDA kernel keeps them in fast on-chip memory. In PyTorch the same idea works in blocks of about sqrt(l) steps:
 
     1. run all blocks at once from the state 0, step by step, keeping only the current state of each. This
        gives their ends, and exp(A sum dt) is the decay over a block: from both follows the true start of each
@@ -35,7 +35,9 @@ CUDA kernel keeps them in registers. In PyTorch the same idea works in blocks of
 So memory is O(b d n sqrt(l)) beyond input and output. Backward, the starts of the blocks are what was saved.
 The adjoint m = dL/dx runs the same two passes backwards in time, and the states are recomputed for an eighth
 of the blocks at a time. A cumulative product of exp(dt A) and a division by it would be shorter, but it
-underflows: exp(-100) / exp(-100).
+underflows: exp(-110) is 0 in float32, and 0 / 0 is nan.
+
+What is trained: x_proj (W_B, W_C and the first factor of W), dt_proj, A_log and D, all at the main learning rate.
 
 Symbols: b batch, d features, n states per feature (d_state), l length; u, dt, y, z (b, d, l); B, C (b, n, l);
 A (d, n); x (b, d, n), inside the scan (b, n, d); blocks: time k = jT + i, as (T, J, ...).
@@ -91,72 +93,96 @@ def learning_rates(layer: nn.Module, lr, names: dict) -> dict:
 # ---- the scan ----
 
 def to_blocks(u: Tensor) -> Tensor:
-    """(b, h, l) -> (T, J, b, h) with time k = jT + i, i < T, and T about sqrt(l); zeros after the end."""
+    """(b, h, l) -> a view (T, J, b, h) with time k = jT + i and T about sqrt(l); zeros after the end, if needed."""
     l = u.shape[-1]
     T = math.isqrt(l - 1) + 1
     J = -(-l // T)
-    return nn.functional.pad(u, (0, J * T - l)).unflatten(-1, (J, T)).permute(3, 2, 0, 1)
+    u = u if l == J * T else nn.functional.pad(u, (0, J * T - l))
+    return u.unflatten(-1, (J, T)).permute(3, 2, 0, 1)
+
+
+def each_step(*blocks: Tensor, reverse: bool = False):
+    """The steps i = 0 ... T - 1 (or backwards) of tensors (T, J, b, h), contiguous: copied eight at a time."""
+    starts = range(0, len(blocks[0]), 8)
+    for start in reversed(starts) if reverse else starts:
+        rows = list(zip(*(block[start:start + 8].contiguous() for block in blocks)))
+        yield from reversed(rows) if reverse else rows
 
 
 class SelectiveScan(torch.autograd.Function):
-    """x_k = exp(dt_k A) x_{k-1} + B_k v_k, y_k = C_k x_k, in blocks. dt = 0 after the end keeps the state.
+    """x_k = exp(dt_k A) x_{k-1} + dt_k B_k u_k, y_k = C_k x_k, in blocks. dt = 0 after the end keeps the state.
 
-    dt, v (T, J, b, d), B, C (T, J, b, n), A (n, d), x0 (b, n, d) -> y (T, J, b, d), last state (b, n, d).
+    dt, u (b, d, l), B, C (b, n, l), A (n, d), x0 (b, n, d) -> y (b, d, l), last state (b, n, d). In the code the
+    axes of a step are (J, b, n, d). Gradient, with m_k = dL/dx_k: m_k = C_k dL/dy_k + exp(dt_{k+1} A) m_{k+1},
+    and all others follow from m_k and x_{k-1} in (1) by the product rule.
     """
 
     @staticmethod
-    def forward(ctx, dt, v, B, C, A, x0):
-        dt, v, B, C, y = dt.contiguous(), v.contiguous(), B.contiguous(), C.contiguous(), torch.empty_like(v)
-        ends = v.new_zeros(*B.shape[1:], v.shape[-1])                        # (J, b, n, d)
-        for i in range(len(dt)):
-            a = (dt[i, :, :, None] * A).exp_()
-            ends.mul_(a).addcmul_(B[i, ..., None], v[i, :, :, None])
-        decay, starts, x = (dt.sum(0)[:, :, None] * A).exp_(), torch.empty_like(ends), x0
-        for j in range(len(ends)):
-            starts[j] = x
-            x = torch.addcmul(ends[j], decay[j], x)
-        state = ends.copy_(starts)
-        for i in range(len(dt)):
-            a = torch.mul(dt[i, :, :, None], A, out=decay).exp_()
-            state.mul_(a).addcmul_(B[i, ..., None], v[i, :, :, None])
-            torch.matmul(C[i, :, :, None], state, out=y[i, :, :, None])
-        ctx.save_for_backward(dt, v, B, C, A, starts)
-        return y, x
+    def forward(ctx, dt, u, B, C, A, x0):
+        ctx.save_for_backward(dt, u, B, C, A, x0)
+        l, (dt, u, B, C) = u.shape[-1], map(to_blocks, (dt, u, B, C))
+        y = u.new_empty(u.shape[2], u.shape[3], u.shape[1] * len(u))         # (b, d, JT)
+        y_blocks = y.unflatten(-1, (-1, len(u))).permute(3, 2, 0, 1)
+        x = u.new_zeros(*B.shape[1:], u.shape[-1])
+        for dt_i, u_i, B_i in each_step(dt, u, B):
+            x.mul_((dt_i[:, :, None] * A).exp_()).addcmul_(B_i[..., None], (dt_i * u_i)[:, :, None])
+        decay, last = (dt.sum(0)[:, :, None] * A).exp_(), x0
+        for j in range(len(x)):                                              # x_j: first the end of block j from 0,
+            last, x[j] = torch.addcmul(x[j], decay[j], last), last           # then its true start
+        ctx.starts = x.clone() if any(ctx.needs_input_grad) else None
+        for i, (dt_i, u_i, B_i, C_i) in enumerate(each_step(dt, u, B, C)):
+            x.mul_((dt_i[:, :, None] * A).exp_()).addcmul_(B_i[..., None], (dt_i * u_i)[:, :, None])
+            y_blocks[i] = (C_i[:, :, None] @ x)[:, :, 0]
+        return y[..., :l], last
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_last):
-        dt, v, B, C, A, starts = ctx.saved_tensors
-        grad_y, T = grad_y.contiguous(), len(dt)
-        # adjoint m = dL/dx at the end of each block, first as if nothing came after the block
-        m = torch.zeros_like(starts)
-        for i in reversed(range(T)):
-            m.addcmul_(C[i, ..., None], grad_y[i, :, :, None]).mul_((dt[i, :, :, None] * A).exp_())
-        decay, grad = (dt.sum(0)[:, :, None] * A).exp_(), grad_last
+        dt, u, B, C, A, x0 = ctx.saved_tensors
+        l, (dt, u, B, C, g) = u.shape[-1], map(to_blocks, (dt, u, B, C, grad_y))
+        # m at the start of each block as if nothing came after the block, and then at its end with all that comes
+        m, grad_x0 = torch.zeros_like(ctx.starts), grad_last
+        for dt_i, C_i, g_i in each_step(dt, C, g, reverse=True):
+            m.addcmul_(C_i[..., None], g_i[:, :, None]).mul_((dt_i[:, :, None] * A).exp_())
+        decay = (dt.sum(0)[:, :, None] * A).exp_()
         for j in reversed(range(len(m))):
-            m[j], grad = grad, torch.addcmul(m[j], decay[j], grad)
-        del decay
-        grad_dt, grad_v, grad_B, grad_C = (torch.empty_like(t) for t in (dt, v, B, C))
-        grad_A = torch.zeros_like(A)
-        group = max(1, len(m) // 8)                                          # blocks with states in memory
-        for first in range(0, len(m), group):
+            grad_x0, m[j] = torch.addcmul(m[j], decay[j], grad_x0), grad_x0
+        grad_dt, grad_u, grad_B, grad_C = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (dt, u, B, C))
+        grad_A, group = torch.zeros_like(A), -(-len(m) // 8)
+        for first in range(0, len(m), group):                                # an eighth of the blocks at a time
             j = slice(first, first + group)
-            states, decays = [starts[j]], []
-            for i in range(T):
-                decays.append((dt[i, j, :, None] * A).exp_())
-                states.append((decays[-1] * states[-1]).addcmul_(B[i, j, :, :, None], v[i, j, :, None]))
-            w, total = m[j], torch.zeros_like(starts[j])
-            for i in reversed(range(T)):
-                torch.matmul(states.pop(), grad_y[i, j, :, :, None], out=grad_C[i, j, :, :, None])
-                w.addcmul_(C[i, j, :, :, None], grad_y[i, j, :, None])       # dL/dx_k
-                torch.matmul(w, v[i, j, :, :, None], out=grad_B[i, j, :, :, None])
-                torch.matmul(B[i, j, :, None], w, out=grad_v[i, j, :, None])
-                w.mul_(decays.pop())                                         # dL/dx_{k-1}, from what follows
+            steps = [[row[j] for row in rows] for rows in each_step(dt, u, B, C, g)]
+            states, decays, w, total = [ctx.starts[j]], [], m[j], torch.zeros_like(m[j])
+            for dt_i, u_i, B_i, _, _ in steps:
+                decays.append((dt_i[:, :, None] * A).exp_())
+                states.append((decays[-1] * states[-1]).addcmul_(B_i[..., None], (dt_i * u_i)[:, :, None]))
+            for i in reversed(range(len(steps))):
+                dt_i, u_i, B_i, C_i, g_i = steps[i]
+                grad_C[i, j] = (states.pop() @ g_i[..., None])[..., 0]
+                w.addcmul_(C_i[..., None], g_i[:, :, None])                  # dL/dx_k
+                grad_B[i, j] = (w @ (dt_i * u_i)[..., None])[..., 0]
+                grad_v = (B_i[:, :, None] @ w)[:, :, 0]                      # dL/d(dt_k u_k)
+                w.mul_(decays.pop())                                         # dL/dx_{k-1} by what follows
                 slope = w * states[-1]                                       # dL/d(dt_k A)
-                torch.sum(slope * A, 2, out=grad_dt[i, j])
-                total.addcmul_(slope, dt[i, j, :, None])
+                grad_u[i, j] = dt_i * grad_v
+                grad_dt[i, j] = (slope * A).sum(2).addcmul_(u_i, grad_v)
+                total.addcmul_(slope, dt_i[:, :, None])
             grad_A += total.sum((0, 1))
-        return grad_dt, grad_v, grad_B, grad_C, grad_A, grad
+        grads = [t.permute(2, 3, 1, 0).flatten(2)[..., :l] for t in (grad_dt, grad_u, grad_B, grad_C)]
+        return *grads, grad_A, grad_x0
+
+
+def step_by_step(dt: Tensor, u: Tensor, B: Tensor, C: Tensor, A: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Equation (1) as it stands: dt, u (b, d, l), x (b, d, n) -> y (b, d, l) without D, last x.
+
+    In double precision: rounding adds up over the steps.
+    """
+    dtype, outputs = x.dtype, []
+    dt, u, B, C, A, x = (t.double() for t in (dt, u, B, C, A, x))
+    for k in range(u.shape[-1]):
+        x = torch.exp(dt[:, :, k, None] * A) * x + (dt[:, :, k] * u[:, :, k])[..., None] * B[:, None, :, k]
+        outputs.append((C[:, None, :, k] * x).sum(-1))
+    return torch.stack(outputs, -1).to(dtype), x.to(dtype)
 
 
 def selective_scan_fn(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor] = None,
@@ -168,7 +194,7 @@ def selective_scan_fn(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     u, delta, z (b, d, l), A (d, n), B, C (b, n, l), D, delta_bias (d), initial_state (b, d, n) or None: zeros
     dt = delta + delta_bias, or with delta_softplus the softplus of that; z: multiplies the output by silu(z)
     -> y (b, d, l) as u, and with return_last_state also the last state (b, d, n)
-    scan: None for the blocks, or another function (dt, v, B, C, A, x) -> y, x such as step_by_step
+    scan: None for the blocks, or another function (dt, u, B, C, A, x) -> y, x such as step_by_step
     Raises ValueError for other shapes or types. Differentiable once: a second derivative raises RuntimeError.
     """
     check_tensor("u", u, ("b", "d", "l"))
@@ -181,33 +207,19 @@ def selective_scan_fn(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
         if x is not None:
             check_tensor(name, x, shape)
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
-    with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):      # 16 bits would not do
+    with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):      # half precision is too coarse
         v, A, B, C = (x.to(dtype) for x in (u, A, B, C))
         dt = delta.to(dtype) if delta_bias is None else delta.to(dtype) + delta_bias.to(dtype)[:, None]
         dt = nn.functional.softplus(dt) if delta_softplus else dt
         x = v.new_zeros(b, d, n) if initial_state is None else initial_state.to(dtype)
         if scan is not None:
-            y, x = scan(dt, dt * v, B, C, A, x)
+            y, x = scan(dt, v, B, C, A, x)
         else:
-            blocks = [to_blocks(s) for s in (dt, dt * v, B, C)]
-            y, x = SelectiveScan.apply(*blocks, A.mT.contiguous(), x.mT.contiguous())
-            y, x = y.permute(2, 3, 1, 0).flatten(2)[..., :l], x.mT
+            y, x = SelectiveScan.apply(dt, v, B, C, A.mT.contiguous(), x.mT.contiguous())
+            x = x.mT
         y = y if D is None else torch.addcmul(y, v, D.to(dtype)[:, None])
         y = y if z is None else y * nn.functional.silu(z.to(dtype))
     return (y.to(u.dtype), x) if return_last_state else y.to(u.dtype)
-
-
-def step_by_step(dt: Tensor, v: Tensor, B: Tensor, C: Tensor, A: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x_k = exp(dt_k A) x_{k-1} + B_k v_k, y_k = C_k x_k: v (b, d, l), x (b, d, n) -> y (b, d, l), last x.
-
-    In double precision: rounding adds up over the steps.
-    """
-    dtype, outputs = x.dtype, []
-    dt, v, B, C, A, x = (t.double() for t in (dt, v, B, C, A, x))
-    for k in range(v.shape[-1]):
-        x = torch.exp(dt[:, :, k, None] * A) * x + B[:, None, :, k] * v[:, :, k, None]
-        outputs.append((C[:, None, :, k] * x).sum(-1))
-    return torch.stack(outputs, -1).to(dtype), x.to(dtype)
 
 
 def selective_scan_seq(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor] = None,
@@ -307,7 +319,7 @@ class SelectiveSSM(nn.Module):
 
     def _selected(self, u: Tensor, rate: float) -> tuple[Tensor, Tensor, Tensor]:
         """Equation (2): u (b, d, l) -> dt (b, d, l), B (b, n, l), C (b, n, l)."""
-        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # 16 bits would not do
+        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # half precision is too coarse
             selected = self.x_proj.weight.to(u.dtype) @ u
             low, B, C = selected.split([self.dt_rank, self.d_state, self.d_state], 1)
             dt = self.dt_proj.weight.to(u.dtype) @ low + self.dt_proj.bias.to(u.dtype)[:, None]
@@ -358,7 +370,7 @@ class Mamba(SelectiveSSM):
     def check_state(self, state: MambaState, b: int) -> None:
         """state must be the pair (inputs (b, d, d_conv - 1), ssm (b, d, n))."""
         ok = isinstance(state, tuple) and len(state) == 2
-        require(ok, "state", type(state), "pass a pair (inputs, ssm) such as initial_state returns")
+        require(ok, "state", type(state).__name__, "pass a pair (inputs, ssm) such as initial_state returns")
         if self.d_conv > 1:
             check_tensor("state", state[0], (b, self.d_inner, self.d_conv - 1))
         super().check_state(state[1], b)
@@ -427,7 +439,9 @@ def demo(path: Optional[str] = None) -> None:
     # a layer set by hand: features (value, flag, 1); the flag opens dt, and the state holds the flagged value
     hand = SelectiveSSM(3, 1, dt_rank=1).requires_grad_(False)
     hand.x_proj.weight.copy_(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.1, 0.0], [0.0, 0.0, 1.0]]))  # dt, B, C
-    hand.dt_proj.weight.fill_(18.0), hand.dt_proj.bias.fill_(-8.0), hand.D.zero_()
+    hand.dt_proj.weight.fill_(18.0)
+    hand.dt_proj.bias.fill_(-8.0)
+    hand.D.zero_()
     value = 0.7 * torch.randn(200)
     flag = torch.zeros(200).index_fill(0, torch.tensor([20, 60, 95, 150]), 1.0)
     u = torch.stack([value, flag, torch.ones(200)])[None]

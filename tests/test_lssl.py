@@ -165,6 +165,13 @@ def test_every_option_changes_the_kernel(options):
     assert error(kernels[1], kernels[0]) > 1e-3
 
 
+def test_rate_multiplies_the_step_size():
+    layer = LSSL(3, 8, alpha=0.7).double()
+    K = layer.kernel(30, rate=2.0)
+    layer.log_dt.data += np.log(2)
+    assert error(K, layer.kernel(30)) <= 1e-12
+
+
 def test_step_ignores_autocast():
     layer, u, x = LSSL(2, 8), signal(1, 2, 1)[..., 0], signal(1, 2, 8)
     y, last = layer.step(u, x)

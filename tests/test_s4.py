@@ -292,6 +292,16 @@ def test_layout_of_the_parameters():
         "output_linear.weight": (30, 12), "output_linear.bias": (30,)}
 
 
+@pytest.mark.parametrize("name", ["log_A_real", "A_imag", "B", "P"])
+def test_shared_copies_serve_alternate_features(name):
+    layer = S4(4, 8, n_ssm=2).double()
+    before = layer.kernel(20)
+    parameter = layer.get_parameter(name)
+    (parameter[:, 1] if name == "P" else parameter[1]).data.mul_(1.5)
+    changed = (layer.kernel(20) - before).abs().amax(-1) > 1e-9
+    assert changed.tolist() == [False, True, False, True]
+
+
 def test_learning_rates_freeze():
     layer = S4(2, 4, lr={"dt": 0.0, "B": 0.0, "A": 0.02})
     assert layer.ssm_lr == {"log_dt": 0.0, "log_A_real": 0.02, "A_imag": 0.02, "P": 0.02, "B": 0.0}
