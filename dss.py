@@ -67,7 +67,8 @@ def require(ok: bool, name: str, value, remedy: str) -> None:
 def check_number(name: str, value, kind: type = float, even: bool = False) -> None:
     """value must be a positive, finite number; with kind=int a whole one."""
     ok = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
-    require(ok and not (even and value % 2), name, value, f"pass a positive{' even' * even} {kind.__name__}")
+    remedy = f"pass a positive {'even ' * even}int" if kind is int else "pass a positive, finite number"
+    require(ok and not (even and value % 2), name, value, remedy)
 
 
 def check_tensor(name: str, x, shape: tuple, kind: str = "floating_point") -> None:
@@ -155,7 +156,7 @@ def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 def two_digits(a: Tensor, l: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """low = a^i (h, T, n) in the precision of dtype, high = a^{jT} (h, J, n) in double precision, JT >= l."""
-    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # about 2 sqrt(l), by measurement
+    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # about 2 sqrt(l): measured
     return powers(a, T, dtype.to_complex()), powers(a ** T, -(-l // T), a.dtype)
 
 
@@ -194,8 +195,8 @@ def state_of_input(d: Discrete, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
     """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (b, h, l) with K (h, l).
 
-    The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. Lengths
-    2^i, 3 2^i and 5 2^i are fast.
+    The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. It is
+    fast for lengths 2^i, 3 2^i and 5 2^i.
     """
     l = u.shape[-1]
     size = min(odd << ((2 * l - 2) // odd).bit_length() for odd in (1, 3, 5))
@@ -210,7 +211,7 @@ class DSS(nn.Module):
     d_model, d_state: number of features h; number of states n per feature, all complex and independent
     version: "softmax", normalized over l_max steps, or "exp", with Re Lambda < 0 and no normalization
     l_max: longest sequence of version "softmax", in steps at rate 1; "exp" takes any length
-    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time in which A is written
+    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time of A
     lr: learning rates of dt and A (Lambda) for the optimizer, recorded in `ssm_lr` (see learning_rates)
     Raises ValueError for any other value.
     """
@@ -259,8 +260,9 @@ class DSS(nn.Module):
         """The impulse response K_0 ... K_{l-1} of equation (3) or (4), without D: (h, l)."""
         check_number("l", l, int)
         self.check_length(l, rate)
-        d = self._discretize(rate)
-        return ssm_kernel(d, *two_digits(d.A_bar, l, self.dtype), self.dtype)[:, :l]
+        with torch.autocast("cuda" if self.D.is_cuda else "cpu", enabled=False):
+            d = self._discretize(rate)
+            return ssm_kernel(d, *two_digits(d.A_bar, l, self.dtype), self.dtype)[:, :l]
 
     def initial_state(self, batch_size: int) -> Tensor:
         """x_{-1} = 0, (b, h, n) complex."""
@@ -274,7 +276,8 @@ class DSS(nn.Module):
 
     def check_length(self, l: int, rate: float) -> None:
         """Version softmax is defined for at most l_max steps at rate 1."""
-        ok = self.version == "exp" or l * rate <= self.l_max
+        check_number("rate", rate)
+        ok = self.version == "exp" or l * rate <= self.l_max * (1 + 1e-9)    # rate may have been rounded
         require(ok, "l", l, f"softmax is for l rate <= l_max = {self.l_max}: raise l_max, or use version exp")
 
     def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0,
@@ -299,7 +302,6 @@ class DSS(nn.Module):
         """
         check_tensor("u", u, ("b", self.d_model, "l"))
         require(method in ("conv", "step"), "method", method, "choose conv or step")
-        check_number("rate", rate)
         self.check_length(u.shape[-1], rate)
         if state is not None:
             self.check_state(state, u.shape[0])
@@ -327,7 +329,7 @@ class DSS(nn.Module):
             return y, None
         state = state.to(self.dtype.to_complex())
         A_bar_l = d.A_bar * high[:, -1] * low[:, (l - 1) % low.shape[1]]
-        last = A_bar_l.to(state.dtype) * state + state_of_input(d, low, high, u)
+        last = (A_bar_l * state).to(state.dtype) + state_of_input(d, low, high, u)
         return y + output_of_state(d, low, high, state)[..., :l], last
 
 

@@ -62,7 +62,8 @@ def require(ok: bool, name: str, value, remedy: str) -> None:
 def check_number(name: str, value, kind: type = float, even: bool = False) -> None:
     """value must be a positive, finite number; with kind=int a whole one."""
     ok = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
-    require(ok and not (even and value % 2), name, value, f"pass a positive{' even' * even} {kind.__name__}")
+    remedy = f"pass a positive {'even ' * even}int" if kind is int else "pass a positive, finite number"
+    require(ok and not (even and value % 2), name, value, remedy)
 
 
 def check_tensor(name: str, x, shape: tuple, kind: str = "floating_point") -> None:
@@ -147,7 +148,7 @@ def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 def two_digits(a: Tensor, l: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """low = a^i (h, T, n) in the precision of dtype, high = a^{jT} (h, J, n) in double precision, JT >= l."""
-    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # about 2 sqrt(l), by measurement
+    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # about 2 sqrt(l): measured
     return powers(a, T, dtype.to_complex()), powers(a ** T, -(-l // T), a.dtype)
 
 
@@ -186,8 +187,8 @@ def state_of_input(d: Discrete, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
     """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (b, h, l) with K (h, l).
 
-    The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. Lengths
-    2^i, 3 2^i and 5 2^i are fast.
+    The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. It is
+    fast for lengths 2^i, 3 2^i and 5 2^i.
     """
     l = u.shape[-1]
     size = min(odd << ((2 * l - 2) // odd).bit_length() for odd in (1, 3, 5))
@@ -210,7 +211,7 @@ class GSS(nn.Module):
     gate: False leaves out the gate: o = W_o SSM(GELU(W_u u))
     measure: initial A: "diag-rand" or "diag-lin" (see random_or_linear_A)
     train_B, train_dt: train B, starting from 1, and the step sizes
-    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time in which A is written
+    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time of A
     lr: learning rates of dt, A and B for the optimizer, recorded in `ssm_lr` (see learning_rates)
     Raises ValueError for any other value.
     """
@@ -226,9 +227,12 @@ class GSS(nn.Module):
         check_number("dt_min", dt_min)
         check_number("dt_max", dt_max)
         require(dt_min <= dt_max, "dt_max", dt_max, f"pass at least dt_min = {dt_min}")
+        flags = {"gate": gate, "train_B": train_B, "train_dt": train_dt}
+        for name, flag in flags.items():
+            require(isinstance(flag, bool), name, flag, "pass True or False")
         require(d_model % bottleneck == 0, "bottleneck", bottleneck, f"pass a divisor of d_model = {d_model}")
-        self.d_model, self.channels, self.d_state = d_model, d_model // bottleneck, d_state
-        c, n = self.channels, d_state
+        self.d_model, self.d_inner, self.d_state = d_model, d_model // bottleneck, d_state
+        c, n = self.d_inner, d_state
         A = random_or_linear_A(measure, c, n).to(torch.get_default_dtype().to_complex())
         self.log_dt = nn.Parameter(math.log(dt_min) + torch.rand(c) * math.log(dt_max / dt_min))
         self.log_A_real = nn.Parameter(torch.log(-A.real))
@@ -265,18 +269,19 @@ class GSS(nn.Module):
     def kernel(self, l: int, rate: float = 1.0) -> Tensor:
         """The impulse response K_0 ... K_{l-1} of equation (3), of the SSM alone, without D: (c, l)."""
         check_number("l", l, int)
-        d = self._discretize(rate)
-        return ssm_kernel(d, *two_digits(d.A_bar, l, self.dtype), self.dtype)[:, :l]
+        with torch.autocast("cuda" if self.D.is_cuda else "cpu", enabled=False):
+            d = self._discretize(rate)
+            return ssm_kernel(d, *two_digits(d.A_bar, l, self.dtype), self.dtype)[:, :l]
 
     def initial_state(self, batch_size: int) -> Tensor:
         """x_{-1} = 0, (b, c, n) complex."""
         check_number("batch_size", batch_size, int)
-        shape = batch_size, self.channels, self.d_state
+        shape = batch_size, self.d_inner, self.d_state
         return torch.zeros(shape, dtype=self.dtype.to_complex(), device=self.D.device)
 
     def check_state(self, state: Tensor, b: int) -> None:
         """state must be complex (b, c, n)."""
-        check_tensor("state", state, (b, self.channels, self.d_state), "complex")
+        check_tensor("state", state, (b, self.d_inner, self.d_state), "complex")
 
     def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0,
              discrete: Optional[Discrete] = None) -> tuple[Tensor, Tensor]:
@@ -338,7 +343,7 @@ class GSS(nn.Module):
             return y, None
         state = state.to(self.dtype.to_complex())
         A_bar_l = d.A_bar * high[:, -1] * low[:, (l - 1) % low.shape[1]]
-        last = A_bar_l.to(state.dtype) * state + state_of_input(d, low, high, u)
+        last = (A_bar_l * state).to(state.dtype) + state_of_input(d, low, high, u)
         return y + output_of_state(d, low, high, state)[..., :l], last
 
 
@@ -347,7 +352,7 @@ class GSS(nn.Module):
 def demo(path: Optional[str] = None) -> None:
     """Print how the modes agree and how long they take; draw the figure if a path is given."""
     torch.manual_seed(0)
-    l, layer = 1024, GSS(3, 64, bottleneck=1, train_dt=True).requires_grad_(False)
+    l, layer = 1024, GSS(3, 64, bottleneck=1).requires_grad_(False)
     layer.log_dt.copy_(torch.tensor([1e-3, 1e-2, 1e-1]).log())
     t = torch.arange(l) / l
     u = torch.sin(2 * math.pi * torch.tensor([[2.0], [3.0], [5.0]]) * (t + t ** 2))[None]       # (1, 3, l)

@@ -68,7 +68,8 @@ def require(ok: bool, name: str, value, remedy: str) -> None:
 def check_number(name: str, value, kind: type = float, even: bool = False) -> None:
     """value must be a positive, finite number; with kind=int a whole one."""
     ok = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
-    require(ok and not (even and value % 2), name, value, f"pass a positive{' even' * even} {kind.__name__}")
+    remedy = f"pass a positive {'even ' * even}int" if kind is int else "pass a positive, finite number"
+    require(ok and not (even and value % 2), name, value, remedy)
 
 
 def check_tensor(name: str, x, shape: tuple, kind: str = "floating_point") -> None:
@@ -139,8 +140,8 @@ def scan_in_place(v: Tensor, a: Tensor, x: Tensor, reverse: bool = False) -> Non
     """Replace v_k by x_k = a x_{k-1} + v_k, with reverse by x_k = a x_{k+1} + v_k: v (b, J, T, n), x (b, n).
 
     Time is k = jT + i. Two levels: the end of each block j if it started from 0; then the true starts of the
-    blocks, one by one; then all blocks again from there. So T steps over all blocks at once, J small ones, and
-    T again.
+    blocks, one by one; then all blocks again from there. So there are T steps over all blocks at once, J
+    small ones, and T again.
     """
     steps, blocks = v.unbind(2), range(v.shape[1])
     if reverse:
@@ -162,8 +163,8 @@ class Scan(torch.autograd.Function):
 
     u (b, h, l), a (n), B (n, h), C (h, n) complex128, D (h), x0 (b, n) -> y (b, h, l), x_{l-1} (b, n).
     Gradient, with g_k = dL/dy_k and w_k = conj(dL/d(B u_k)): the adjoint recurrence w_k = a w_{k+1} + C^T g_k
-    is the same scan backwards in time. dL/da = conj(sum_k x_{k-1} w_k), dL/dB = conj(sum_k w_k u_k^T), dL/dC =
-    conj(sum_k g_k x_k^T), dL/du_k = Re(B^T w_k) + D g_k, dL/dx0 = conj(a w_0). Only u and the x_k are saved.
+    is the same scan backwards in time. dL/da = conj(sum_k x_{k-1} w_k), dL/dB = conj(sum_k w_k u_k^T),
+    dL/dC = conj(sum_k g_k x_k^T), dL/du_k = Re(B^T w_k) + D g_k, dL/dx0 = conj(a w_0).
     """
 
     @staticmethod
@@ -189,7 +190,7 @@ class Scan(torch.autograd.Function):
     @staticmethod
     def adjoint(a, B, C, u, x, x0, g, g_last, grad_u):
         """dL/da, dL/dB, dL/dC and dL/dx0 of a part of the batch; adds Re(B^T w) to grad_u."""
-        def conj(z):                                                         # (.., 2n) real -> (.., n) complex
+        def conj(z):                                 # of (.., 2n) real as (.., n) complex128
             return torch.view_as_complex(z.unflatten(-1, (-1, 2))).conj().to(a.dtype)
 
         b, l, T = len(u), u.shape[-1], math.isqrt(u.shape[-1] - 1) + 1
@@ -211,7 +212,7 @@ class Scan(torch.autograd.Function):
         return grad_a, grad_B, grad_C, (a.to(x0.dtype) * blocks[:, 0, 0]).conj()
 
 
-def power_series(a: Tensor, count: int) -> Tensor:
+def powers_of(a: Tensor, count: int) -> Tensor:
     """a^0, a^1, ..., a^(count - 1), by doubling: (p) -> (p, count)."""
     p = torch.ones_like(a)[:, None]
     while p.shape[1] < count:
@@ -330,7 +331,7 @@ class LRU(nn.Module):
         v = torch.complex(d.B_bar.real.to(u.dtype) @ u, d.B_bar.imag.to(u.dtype) @ u)        # (b, n, l)
         start = v[..., :1] + (d.A_bar.to(v.dtype) * x)[..., None]            # x_{-1} enters as part of v_0
         v = torch.cat([start, v[..., 1:]], -1)
-        K = power_series(d.A_bar, l).to(v.dtype)
+        K = powers_of(d.A_bar, l).to(v.dtype)
         x = torch.fft.ifft(torch.fft.fft(v, size) * torch.fft.fft(K, size))[..., :l]
         y = d.C.real.to(u.dtype) @ x.real - d.C.imag.to(u.dtype) @ x.imag
         return y + self.D[:, None] * u, x[..., -1]

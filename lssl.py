@@ -42,8 +42,8 @@ K_{jT+i} = (C A_bar^i) (A_bar^{jT} B_bar). Both factors come from the squares A_
 doubling, and one matrix product is the kernel. It still costs n^3 log l: this is what S4 was invented for.
 
 What is trained: C and D (LSSL-f, fixed A and dt), and on request A with B (one for all features or one each)
-and dt. A trained dense A is not kept stable by anything; S4 repairs that as well. Differs from the paper, which restricts a
-trained A to a structured class.
+and dt. A trained dense A is not kept stable by anything; S4 repairs that as well. Differs from the paper,
+which restricts a trained A to a structured class.
 
 Symbols: b batch, h features (d_model), n states (d_state), l length, m channels; u (b, h, l), y (b, m h, l);
 x (b, h, n); A (n, n) or (h, n, n), B (n) or (h, n), C (m, h, n), D (m, h), dt (h); A_bar (h, n, n), B_bar (h,
@@ -70,7 +70,8 @@ def require(ok: bool, name: str, value, remedy: str) -> None:
 def check_number(name: str, value, kind: type = float, even: bool = False) -> None:
     """value must be a positive, finite number; with kind=int a whole one."""
     ok = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
-    require(ok and not (even and value % 2), name, value, f"pass a positive{' even' * even} {kind.__name__}")
+    remedy = f"pass a positive {'even ' * even}int" if kind is int else "pass a positive, finite number"
+    require(ok and not (even and value % 2), name, value, remedy)
 
 
 def check_tensor(name: str, x, shape: tuple, kind: str = "floating_point") -> None:
@@ -108,6 +109,7 @@ def hippo_legendre(measure: str, n: int) -> tuple[Tensor, Tensor]:
     legs: A_ij = -sqrt((2i+1)(2j+1)) for i > j, -(i+1) for i = j, 0 for i < j;   B_i = sqrt(2i+1)
     legt: A_ij = -sqrt((2i+1)(2j+1)), times (-1)^(i-j) for i < j;                B_i = sqrt(2i+1)
     """
+    require(measure in MEASURES, "measure", measure, f"choose one of {', '.join(MEASURES)}")
     i = torch.arange(n, dtype=torch.float64)
     root = torch.sqrt(2 * i + 1)
     if measure == "legs":
@@ -120,6 +122,7 @@ def reconstruct(measure: str, x: Tensor, s: Tensor) -> Tensor:
 
     s is in the unit in which A is written: one sample is dt. For legt 0 <= s <= 1.
     """
+    require(measure in MEASURES, "measure", measure, f"choose one of {', '.join(MEASURES)}")
     z = 1 - 2 * s if measure == "legt" else 2 * torch.exp(-s) - 1
     previous, P, past = torch.zeros_like(z), torch.ones_like(z), 0
     for i in range(x.shape[-1]):
@@ -162,23 +165,23 @@ def krylov(powers: list[Tensor], x: Tensor) -> Tensor:
     return x
 
 
-def two_digits(powers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def split_digits(powers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The squares that make up A_bar^i, i < T, and those of A_bar^{jT}, where k = jT + i, T a power of 2."""
-    return powers[:len(powers) // 2 + 2], powers[len(powers) // 2 + 2:]      # T about 4 sqrt(l), by measurement
+    return powers[:len(powers) // 2 + 2], powers[len(powers) // 2 + 2:]      # T about 4 sqrt(l): measured
 
 
-def output_of_state(C: Tensor, powers: list[Tensor], x: Tensor) -> Tensor:
+def output_of_dense_state(C: Tensor, powers: list[Tensor], x: Tensor) -> Tensor:
     """What the state x (b, h, n) adds to the next outputs: C A_bar^{k+1} x for C (h, m, n), (b, m, h, JT)."""
-    low, high = two_digits(powers)
+    low, high = split_digits(powers)
     rows = krylov(low, C @ powers[0])                                        # C A_bar^{i+1}: (h, T m, n)
     x = krylov([power.mT for power in high], x.transpose(0, 1))              # A_bar^{jT} x: (h, J b, n)
     y = (x @ rows.mT).unflatten(2, (-1, C.shape[1])).unflatten(1, (2 ** len(high), -1))    # (h, J, b, T, m)
     return y.permute(2, 4, 0, 1, 3).flatten(-2)
 
 
-def state_of_input(B_bar: Tensor, powers: list[Tensor], u: Tensor) -> Tensor:
+def dense_state_of_input(B_bar: Tensor, powers: list[Tensor], u: Tensor) -> Tensor:
     """The state that u (b, h, l) leaves: sum_k A_bar^{l-1-k} B_bar u_k with B_bar (h, n), (b, h, n)."""
-    low, high = two_digits(powers)
+    low, high = split_digits(powers)
     T, J = 2 ** len(low), 2 ** len(high)
     columns = krylov([power.mT for power in low], B_bar[:, None]).flip(1)    # A_bar^{T-1-i} B_bar: (h, T, n)
     u = nn.functional.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))     # zeros in front add nothing
@@ -200,7 +203,7 @@ def advance(powers: list[Tensor], x: Tensor, l: int) -> Tensor:
 
 def krylov_kernel(C: Tensor, B_bar: Tensor, powers: list[Tensor]) -> Tensor:
     """The kernel (3) from the two digits of k: C (h, m, n), B_bar (h, n) -> (m, h, JT)."""
-    low, high = two_digits(powers)
+    low, high = split_digits(powers)
     rows = krylov(low, C)                                                    # C A_bar^i: (h, T m, n)
     columns = krylov([power.mT for power in high], B_bar[:, None])           # A_bar^{jT} B_bar: (h, J, n)
     return (columns @ rows.mT).unflatten(2, (-1, C.shape[1])).permute(3, 0, 1, 2).flatten(2)
@@ -209,8 +212,8 @@ def krylov_kernel(C: Tensor, B_bar: Tensor, powers: list[Tensor]) -> Tensor:
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
     """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (b, h, l) with K (h, l).
 
-    The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. Lengths
-    2^i, 3 2^i and 5 2^i are fast.
+    The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. It is
+    fast for lengths 2^i, 3 2^i and 5 2^i.
     """
     l = u.shape[-1]
     size = min(odd << ((2 * l - 2) // odd).bit_length() for odd in (1, 3, 5))
@@ -228,8 +231,9 @@ class LSSL(nn.Module):
     channels: number m of outputs per feature; channel c of feature i is output c h + i
     train_A: "no" (LSSL-f), "shared" (one A and B for all features) or "each" (one for each feature)
     train_dt: train the step sizes
-    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time in which A is written
-    lr: learning rates of dt, A and B for the optimizer, recorded in `ssm_lr` (see learning_rates)
+    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time of A
+    lr: learning rates of dt, A and B for the optimizer, recorded in `ssm_lr` (see learning_rates), as 0.0 for
+        what train_A and train_dt do not train
     Raises ValueError for any other value.
     """
 
@@ -243,10 +247,10 @@ class LSSL(nn.Module):
         check_number("dt_min", dt_min)
         check_number("dt_max", dt_max)
         require(dt_min <= dt_max, "dt_max", dt_max, f"pass at least dt_min = {dt_min}")
-        require(measure in MEASURES, "measure", measure, f"choose one of {', '.join(MEASURES)}")
         ok = isinstance(alpha, (int, float)) and 0 <= alpha <= 1
         require(ok, "alpha", alpha, "pass a number from 0 to 1")
         require(train_A in ("no", "shared", "each"), "train_A", train_A, "choose no, shared or each")
+        require(isinstance(train_dt, bool), "train_dt", train_dt, "pass True or False")
         self.d_model, self.d_state, self.alpha = d_model, d_state, alpha
         A, B = (matrix.to(torch.get_default_dtype()) for matrix in hippo_legendre(measure, d_state))
         self.log_dt = nn.Parameter(math.log(dt_min) + torch.rand(d_model) * math.log(dt_max / dt_min))
@@ -279,7 +283,8 @@ class LSSL(nn.Module):
         """The impulse response K_0 ... K_{l-1} of equation (3), without D: (m h, l)."""
         check_number("l", l, int)
         d = self._discretize(rate)
-        K = krylov_kernel(d.C.transpose(0, 1), d.B_bar, squares(d.A_bar, l))
+        with torch.autocast("cuda" if self.D.is_cuda else "cpu", enabled=False):
+            K = krylov_kernel(d.C.transpose(0, 1), d.B_bar, squares(d.A_bar, l))
         return K.flatten(0, 1)[:, :l].to(self.dtype)
 
     def initial_state(self, batch_size: int) -> Tensor:
@@ -300,8 +305,9 @@ class LSSL(nn.Module):
         check_tensor("u", u, ("b", self.d_model))
         self.check_state(state, u.shape[0])
         A_bar, B_bar, C = self.discretize(rate) if discrete is None else discrete
-        x = torch.einsum("hij,bhj->bhi", A_bar, state.to(A_bar.dtype)) + B_bar * u[..., None]
-        y = torch.einsum("mhn,bhn->bmh", C, x.to(C.dtype)) + self.D * u[:, None]
+        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # half precision is too coarse
+            x = torch.einsum("hij,bhj->bhi", A_bar, state.to(A_bar.dtype)) + B_bar * u[..., None]
+            y = torch.einsum("mhn,bhn->bmh", C, x.to(C.dtype)) + self.D * u[:, None]
         return y.flatten(1).to(u.dtype), x.to(A_bar.dtype)
 
     def forward(self, u: Tensor, state: Optional[Tensor] = None, *, rate: float = 1.0,
@@ -340,8 +346,8 @@ class LSSL(nn.Module):
             return y.flatten(1, 2), None
         powers = [power.to(u.dtype) for power in powers]
         B_bar, C, x = d.B_bar.to(u.dtype), C.to(u.dtype), state.to(u.dtype)
-        y = y + output_of_state(C, powers, x)[..., :l]
-        return y.flatten(1, 2), advance(powers, x, l) + state_of_input(B_bar, powers, u)
+        y = y + output_of_dense_state(C, powers, x)[..., :l]
+        return y.flatten(1, 2), advance(powers, x, l) + dense_state_of_input(B_bar, powers, u)
 
 
 # ---- demo ----

@@ -12,8 +12,8 @@ The model is the one of lssl.py: every feature u(t) drives n states, x' = A x + 
     x_k = A_bar x_{k-1} + B_bar u_k,     y_k = C x_k + D u_k,     K_k = C A_bar^k B_bar.              (1)
 
 What was wrong before. The HiPPO matrices, with which long memory works, are dense, and powers of a dense
-matrix cost n^3. They cannot be diagonalized in floating point either: the eigenvectors of HiPPO-LegS grow
-like 2^n.
+matrix cost n^3. They cannot be diagonalized in floating point either: the eigenvectors of HiPPO-LegS have
+entries that grow exponentially with n.
 
 The idea. A HiPPO matrix is normal plus low rank (NPLR), and a normal matrix has orthogonal eigenvectors V. In
 that basis A is diagonal minus low rank, with conjugate pairs of which one half is kept:
@@ -28,26 +28,27 @@ With R = (s - Lambda)^{-1}, which is diagonal, the Woodbury identity leaves only
 
     C (s - A)^{-1} B = C R B - C R P (1 + P* R P)^{-1} P* R B.
 
-Its factors are Cauchy sums sum_n v_n / (s - Lambda_n) with v = C B, C P, P* B or P* P. A conjugate pair adds 2 (s Re v - Re(v Lambda*)) / (s^2 - 2 s Re Lambda + |Lambda|^2). The
-denominator is the same for all of them: one complex array (h, n/2, nodes).
+Its factors are Cauchy sums sum_n v_n / (s - Lambda_n) with v = C B, C P, P* B or P* P. A conjugate pair adds
+2 (s Re v - Re(v Lambda*)) / (s^2 - 2 s Re Lambda + |Lambda|^2). The denominator is the same for all of them:
+one complex array (h, n/2, nodes).
 
-Differs from the paper: (3) is evaluated on a circle of radius r < 1, z_j = r exp(-2 pi i j / M), and
+Differs from the paper: (3) is evaluated on a circle of radius q < 1, z_j = q exp(-2 pi i j / M), and
 
-    K_k = r^{-k} irfft(K^(z_j))_k - r^M K_{k+M} - ...                                                 (4)
+    K_k = q^{-k} irfft(K^(z_j))_k - q^M K_{k+M} - ...                                                 (4)
 
-drops the last terms. With M = l and r^M = 1e-8, that error and the rounding of double precision amplified by
-r^{-k} are both 1e-8 (float64 layers: M = 2l and 2e-11; Abate and Whitt 1992 invert generating functions so). The paper takes r = 1, where
-nothing decays: its parameter is C (1 - A_bar^l), tied to one length l and one rate, and the node z = -1 is a
-pole. Here C is C, and any length and rate just work.
+drops the last terms. With M = l and q^M = 1e-8, that error and the rounding of double precision amplified by
+q^{-k} are both 1e-8 (float64 layers: M = 2l and 2e-11; Abate and Whitt 1992 invert generating functions so).
+The paper takes q = 1, where nothing decays: its parameter is C (1 - A_bar^l), tied to one length l and one
+rate, and the node z = -1 is a pole. Here C is C, and any length and rate just work.
 
 Why bilinear? (3) needs only s - A. Zero-order hold would need the exponential of a dense matrix. In mode
 "diag" it is the other way round, as s4d.py explains.
 
-State and step use a real form: x = [Re; Im] of the kept half, q = [Re P; Im P], and the real n x n matrix
-A = [[Re Lambda, -Im Lambda], [Im Lambda, Re Lambda]] - 2 q q^T.
+State and step use a real form: x = [Re; Im] of the kept half, p = [Re P; Im P], and the real n x n matrix
+A = [[Re Lambda, -Im Lambda], [Im Lambda, Re Lambda]] - 2 p p^T, y = 2 [Re C, -Im C] x.
 
-What is trained: log_dt, Lambda, P, B, C, D. What stays fixed by construction: Re Lambda < 0 and the sign of P
-P*, so A + A* < 0, and every |eigenvalue of A_bar| < 1.
+What is trained: log_dt, Lambda, P, B, C, D. By construction Re Lambda < 0, and A = Lambda - P P*, so A + A* <
+0 and every eigenvalue of A_bar has modulus < 1 (Goel, Gu, Donahue, Re, arXiv 2202.09729).
 
 Symbols: b batch, h features (d_model), n states (d_state; n/2 are stored), l length, m channels, r rank; s
 copies of (A, B), feature i using copy i mod s; u (b, h, l), y (b, m h, l); x (b, h, n) real, in mode "diag"
@@ -74,7 +75,8 @@ def require(ok: bool, name: str, value, remedy: str) -> None:
 def check_number(name: str, value, kind: type = float, even: bool = False) -> None:
     """value must be a positive, finite number; with kind=int a whole one."""
     ok = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
-    require(ok and not (even and value % 2), name, value, f"pass a positive{' even' * even} {kind.__name__}")
+    remedy = f"pass a positive {'even ' * even}int" if kind is int else "pass a positive, finite number"
+    require(ok and not (even and value % 2), name, value, remedy)
 
 
 def check_tensor(name: str, x, shape: tuple, kind: str = "floating_point") -> None:
@@ -111,6 +113,7 @@ def hippo(measure: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
         lssl.py's (arXiv 2206.12037)
     fout, a window in a Fourier basis: rotations by pi j, minus B B^T (arXiv 2206.12037)
     """
+    require(measure in ("legs", "legt", "fout"), "measure", measure, "choose legs, legt or fout")
     i = torch.arange(n, dtype=torch.float64)
     root = torch.sqrt(2 * i + 1)
     if measure == "legs":
@@ -120,7 +123,7 @@ def hippo(measure: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
         signs = torch.where(i[:, None] < i, (-1) ** (i[:, None] - i), 1.0)
         P = torch.stack([root * (1 - i % 2), root * (i % 2)]) / 2 ** 0.5     # even and odd i
         return -torch.outer(root, root) * signs / 2, root / 2, P
-    B = torch.where(i % 2 == 0, 2 ** 0.5, 0.0)
+    B = 2 ** 0.5 * (1 - i % 2)
     B[0] = 1
     rotation = torch.diag((math.pi * (i // 2) * (i % 2))[1:], -1)
     return rotation - rotation.mT - torch.outer(B, B), B, B[None]
@@ -143,21 +146,22 @@ def nplr(measure: str, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return Lambda, P.to(V.dtype) @ V.conj(), V.mH @ B.to(V.dtype), V
 
 
-def diagonal(measure: str, n: int) -> Tensor:
-    """The initial Lambda of mode "diag" (arXiv 2206.11893, section 4), Im >= 0: (n/2) complex128.
+def diagonal(measure: str, s: int, n: int) -> Tensor:
+    """The initial Lambda of mode "diag" (arXiv 2206.11893, section 4), Im >= 0: (s, n/2) complex128.
 
     diag-rand: -Re log-uniform in (1e-3, 1), Im uniform in (0, pi), per sample when dt = 1 (as in gss.py).
     """
-    i, half = torch.arange(n // 2, dtype=torch.float64), torch.full((n // 2,), 0.5, dtype=torch.float64)
+    half = torch.full((s, n // 2), 0.5, dtype=torch.float64)
+    i = torch.arange(n // 2, dtype=torch.float64).expand(s, -1)
     if measure == "diag-real":
         return torch.complex(-1 - i, 0 * i)
     if measure == "diag-rand":
-        real, imag = torch.rand(2, n // 2, dtype=torch.float64)
+        real, imag = torch.rand(2, s, n // 2, dtype=torch.float64)
         return torch.complex(-torch.exp(math.log(1e-3) * real), math.pi * imag)
     imag = {"diag-lin": lambda: math.pi * i,
             "diag-inv": lambda: n / math.pi * (n / (2 * i + 1) - 1),
             "diag-quad": lambda: (2 * i + 1) ** 2 / math.pi,
-            "diag-legs": lambda: nplr("legs", n)[0].imag.flip(0)}[measure]()
+            "diag-legs": lambda: nplr("legs", n)[0].imag.flip(0).expand(s, -1)}[measure]()
     return torch.complex(-half, imag)
 
 
@@ -170,7 +174,7 @@ MEASURES = {   # several measures stand side by side, on alternating features
 
 REAL_TYPES = {   # -Re A as a function of the parameter, and the inverse; "none" does not keep it positive
     "exp": (torch.exp, torch.log),
-    "relu": (lambda raw: raw.relu() + 1e-4, lambda value: (value - 1e-4).clamp(min=1e-4)),   # 0 would not learn
+    "relu": (lambda raw: raw.relu() + 1e-4, lambda value: (value - 1e-4).clamp(min=1e-4)),
     "softplus": (nn.functional.softplus, lambda value: value + torch.log(-torch.expm1(-value))),
     "none": (lambda raw: raw, lambda value: value),
 }
@@ -228,7 +232,7 @@ def nplr_kernel(Lambda: Tensor, B: Tensor, P: Tensor, C: Tensor, dt: Tensor, l: 
     Lambda, B (h, n), P (r, h, n), C (m, h, n) complex128 halves of conjugate pairs, dt (h).
     exact: 1e-11 instead of 1e-8, from twice as many nodes
     """
-    M = min(odd << ((l - 1) // odd).bit_length() for odd in (1, 3, 5)) * (2 if exact else 1)     # >= l, a fast FFT
+    M = min(odd << ((l - 1) // odd).bit_length() for odd in (1, 3, 5)) * (2 if exact else 1)     # >= l, fast
     radius = (2e-11 if exact else 1e-8) ** (1 / M)
     j = torch.arange(M // 2 + 1, dtype=torch.float64, device=dt.device)
     z = torch.polar(torch.full_like(j, radius), -2 * math.pi / M * j)
@@ -291,23 +295,23 @@ def krylov(powers: list[Tensor], x: Tensor) -> Tensor:
     return x
 
 
-def two_digits(powers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def split_digits(powers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The squares that make up A_bar^i, i < T, and those of A_bar^{jT}, where k = jT + i, T a power of 2."""
-    return powers[:len(powers) // 2 + 2], powers[len(powers) // 2 + 2:]      # T about 4 sqrt(l), by measurement
+    return powers[:len(powers) // 2 + 2], powers[len(powers) // 2 + 2:]      # T about 4 sqrt(l): measured
 
 
-def output_of_state(C: Tensor, powers: list[Tensor], x: Tensor) -> Tensor:
+def output_of_dense_state(C: Tensor, powers: list[Tensor], x: Tensor) -> Tensor:
     """What the state x (b, h, n) adds to the next outputs: C A_bar^{k+1} x for C (h, m, n), (b, m, h, JT)."""
-    low, high = two_digits(powers)
+    low, high = split_digits(powers)
     rows = krylov(low, C @ powers[0])                                        # C A_bar^{i+1}: (h, T m, n)
     x = krylov([power.mT for power in high], x.transpose(0, 1))              # A_bar^{jT} x: (h, J b, n)
     y = (x @ rows.mT).unflatten(2, (-1, C.shape[1])).unflatten(1, (2 ** len(high), -1))    # (h, J, b, T, m)
     return y.permute(2, 4, 0, 1, 3).flatten(-2)
 
 
-def state_of_input(B_bar: Tensor, powers: list[Tensor], u: Tensor) -> Tensor:
+def dense_state_of_input(B_bar: Tensor, powers: list[Tensor], u: Tensor) -> Tensor:
     """The state that u (b, h, l) leaves: sum_k A_bar^{l-1-k} B_bar u_k with B_bar (h, n), (b, h, n)."""
-    low, high = two_digits(powers)
+    low, high = split_digits(powers)
     T, J = 2 ** len(low), 2 ** len(high)
     columns = krylov([power.mT for power in low], B_bar[:, None]).flip(1)    # A_bar^{T-1-i} B_bar: (h, T, n)
     u = nn.functional.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))     # zeros in front add nothing
@@ -329,7 +333,7 @@ def advance(powers: list[Tensor], x: Tensor, l: int) -> Tensor:
 
 def krylov_kernel(C: Tensor, B_bar: Tensor, powers: list[Tensor]) -> Tensor:
     """The kernel (3) from the two digits of k: C (h, m, n), B_bar (h, n) -> (m, h, JT)."""
-    low, high = two_digits(powers)
+    low, high = split_digits(powers)
     rows = krylov(low, C)                                                    # C A_bar^i: (h, T m, n)
     columns = krylov([power.mT for power in high], B_bar[:, None])           # A_bar^{jT} B_bar: (h, J, n)
     return (columns @ rows.mT).unflatten(2, (-1, C.shape[1])).permute(3, 0, 1, 2).flatten(2)
@@ -338,8 +342,8 @@ def krylov_kernel(C: Tensor, B_bar: Tensor, powers: list[Tensor]) -> Tensor:
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
     """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (b, h, l) with K (h, l).
 
-    The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. Lengths
-    2^i, 3 2^i and 5 2^i are fast.
+    The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. It is
+    fast for lengths 2^i, 3 2^i and 5 2^i.
     """
     l = u.shape[-1]
     size = min(odd << ((2 * l - 2) // odd).bit_length() for odd in (1, 3, 5))
@@ -350,9 +354,9 @@ def fft_conv(u: Tensor, K: Tensor) -> Tensor:
 
 def real_form(Lambda: Tensor, P: Tensor) -> Tensor:
     """A as a real matrix acting on [Re x; Im x]: Lambda (h, n/2), P (r, h, n/2) -> (h, n, n)."""
-    a, b, q = torch.diag_embed(Lambda.real), torch.diag_embed(Lambda.imag), torch.cat([P.real, P.imag], -1)
+    a, b, p = torch.diag_embed(Lambda.real), torch.diag_embed(Lambda.imag), torch.cat([P.real, P.imag], -1)
     rotation = torch.cat([torch.cat([a, -b], -1), torch.cat([b, a], -1)], -2)
-    return rotation - 2 * torch.einsum("rhi,rhj->hij", q, q)
+    return rotation - 2 * torch.einsum("rhi,rhj->hij", p, p)
 
 
 def channel_map(linear: nn.Linear, u: Tensor) -> Tensor:
@@ -376,9 +380,9 @@ class S4(nn.Module):
     channels: number m of outputs per feature; channel c of feature i is output c h + i
     bidirectional: add sum_{j >= 1} K'_{j-1} u_{k+j} with a second C; no state and no step then
     gate, bottleneck: y = W_o((W_y SSM(GELU(W_u u))) * GELU(W_v u)), the SSM on h / bottleneck features, the
-        product on h gate of them (see gss.py); each can be used without the other
+        gate with h gate features (see gss.py); each can be used without the other
     l_max: the length over which disc "dss" normalizes
-    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time in which A is written
+    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time of A
     lr: learning rates of dt, A (with P) and B for the optimizer, recorded in `ssm_lr` (see learning_rates)
     Raises ValueError for any other value.
     """
@@ -399,27 +403,35 @@ class S4(nn.Module):
         for name, value in optional.items():
             if value is not None:
                 check_number(name, value, int)
-        require(mode in MEASURES, "mode", mode, "choose nplr or diag")
+        require(mode in tuple(MEASURES), "mode", mode, "choose nplr or diag")
         measure = "diag-legs" if (mode, measure) == ("diag", "legs") else measure
-        require(measure in MEASURES[mode], "measure", measure, f"choose one of {', '.join(MEASURES[mode])}")
+        ok = measure in tuple(MEASURES[mode])
+        require(ok, "measure", measure, f"choose one of {', '.join(MEASURES[mode])}")
         discs = ("bilinear",) if mode == "nplr" else ("zoh", "bilinear", "dss")
         disc = discs[0] if disc is None else disc
         require(disc in discs, "disc", disc, f"choose one of {', '.join(discs)} in mode {mode}")
-        require(real_type in REAL_TYPES, "real_type", real_type, f"choose one of {', '.join(REAL_TYPES)}")
+        ok = real_type in tuple(REAL_TYPES)
+        require(ok, "real_type", real_type, f"choose one of {', '.join(REAL_TYPES)}")
         ok = disc != "dss" or l_max is not None
         require(ok, "l_max", l_max, "disc dss needs the length that it normalizes over")
+        ok = disc != "dss" or real_type != "none"
+        require(ok, "real_type", real_type, "disc dss is here for Re Lambda < 0 (dss.py has both signs)")
+        require(isinstance(bidirectional, bool), "bidirectional", bidirectional, "pass True or False")
         ok = d_model % (bottleneck or 1) == 0
         require(ok, "bottleneck", bottleneck, f"pass a divisor of d_model = {d_model}")
-        h, n, m = d_model // (bottleneck or 1), d_state, channels * (1 + bool(bidirectional))
+        h, n, m = d_model // (bottleneck or 1), d_state, channels * (1 + bidirectional)
         names = MEASURES[mode][measure]
+        ok = h % len(names) == 0
+        require(ok, "measure", measure, f"pass a multiple of {len(names)} features for it, not {h}")
         s = h if n_ssm is None else n_ssm
         ok = h % s == 0 and s % len(names) == 0
         require(ok, "n_ssm", n_ssm, f"pass a divisor of {h} that is a multiple of {len(names)}")
         self.d_model, self.h, self.d_state, self.channels, self.l_max = d_model, h, n, channels, l_max
-        self.mode, self.disc, self.real_type, self.bidirectional = mode, disc, real_type, bool(bidirectional)
+        self.mode, self.disc, self.real_type, self.bidirectional = mode, disc, real_type, bidirectional
 
-        Lambda, P, B = zip(*(self._initial(name, n, rank) for _ in range(s // len(names)) for name in names))
-        Lambda, P, B = torch.stack(Lambda), torch.stack(P, 1), torch.stack(B)
+        Lambda, P, B = zip(*(self._initial(name, s // len(names), n, rank) for name in names))
+        Lambda, B = torch.stack(Lambda, 1).flatten(0, 1), torch.stack(B, 1).flatten(0, 1)    # alternating
+        P = torch.stack(P, 2).flatten(1, 2)
         real, dtype = (-Lambda.real).clamp(min=1e-4), torch.get_default_dtype()     # legt and fout: Re = 0
         self.log_dt = nn.Parameter(math.log(dt_min) + torch.rand(h) * math.log(dt_max / dt_min))
         self.log_A_real = nn.Parameter(REAL_TYPES[real_type][1](real).to(dtype))
@@ -438,16 +450,17 @@ class S4(nn.Module):
             self.output_linear = nn.Linear(d_model * gate if gate else channels * h, channels * d_model)
 
     @staticmethod
-    def _initial(measure: str, n: int, rank: Optional[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Lambda (n/2), P (r, n/2) and B (n/2) of one copy."""
+    def _initial(measure: str, s: int, n: int, rank: Optional[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """s copies of Lambda (s, n/2), P (r, s, n/2) and B (s, n/2)."""
         if measure.startswith("diag"):
             require(rank is None, "rank", rank, "mode diag has no low-rank part, pass None")
-            Lambda = diagonal(measure, n)
-            return Lambda, Lambda[:0], torch.ones_like(Lambda)
+            Lambda = diagonal(measure, s, n)
+            return Lambda, Lambda[None][:0], torch.ones_like(Lambda)
         Lambda, P, B, _ = nplr(measure, n)
         rank = len(P) if rank is None else rank
         require(rank >= len(P), "rank", rank, f"measure {measure} has rank {len(P)}, pass at least that")
-        return Lambda, torch.cat([P, 1e-2 * torch.randn(rank - len(P), n // 2, dtype=P.dtype)]), B
+        noise = 1e-2 * torch.randn(rank - len(P), s, n // 2, dtype=P.dtype)
+        return Lambda.expand(s, -1), torch.cat([P[:, None].expand(-1, s, -1), noise]), B.expand(s, -1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -482,10 +495,16 @@ class S4(nn.Module):
 
     def discretize(self, rate: float = 1.0) -> Discrete:
         """A_bar, B_bar and C of the recurrence (1) at step size rate * dt."""
-        self._check_causal()
+        self.check_causal()
         matrices = self._discretize(rate)
         return Discrete(*(matrix.to(self.dtype.to_complex() if matrix.is_complex() else self.dtype)
                           for matrix in matrices))
+
+    def check_length(self, l: int, rate: float) -> None:
+        """disc dss is defined for at most l_max steps at rate 1."""
+        check_number("rate", rate)
+        ok = self.disc != "dss" or l * rate <= self.l_max * (1 + 1e-9)       # rate may have been rounded
+        require(ok, "l", l, f"disc dss is for l rate <= l_max = {self.l_max}: raise l_max")
 
     def _kernels(self, l: int, rate: float) -> Tensor:
         """K of all channels, forward and then backward in time: (m, h, l)."""
@@ -500,15 +519,17 @@ class S4(nn.Module):
         Bidirectional: (2 m h, l), the kernels for the past before those for the future.
         """
         check_number("l", l, int)
-        return self._kernels(l, rate).flatten(0, 1)
+        self.check_length(l, rate)
+        with torch.autocast("cuda" if self.D.is_cuda else "cpu", enabled=False):
+            return self._kernels(l, rate).flatten(0, 1)
 
-    def _check_causal(self) -> None:
+    def check_causal(self) -> None:
         """A bidirectional layer reads the whole sequence, so that it has no state."""
         require(not self.bidirectional, "bidirectional", True, "it has no state and no step, pass False")
 
     def initial_state(self, batch_size: int) -> Tensor:
         """x_{-1} = 0: (b, h, n) real, or in mode "diag" (b, h, n/2) complex; h / bottleneck features."""
-        self._check_causal()
+        self.check_causal()
         check_number("batch_size", batch_size, int)
         if self.mode == "nplr":
             return torch.zeros(batch_size, self.h, self.d_state, dtype=self.dtype, device=self.D.device)
@@ -517,7 +538,7 @@ class S4(nn.Module):
 
     def check_state(self, state: Tensor, b: int) -> None:
         """state must have the shape and kind of initial_state(b)."""
-        self._check_causal()
+        self.check_causal()
         if self.mode == "nplr":
             check_tensor("state", state, (b, self.h, self.d_state))
         else:
@@ -554,6 +575,7 @@ class S4(nn.Module):
         """
         check_tensor("u", u, ("b", self.d_model, "l"))
         require(method in ("conv", "step"), "method", method, "choose conv or step")
+        self.check_length(u.shape[-1], rate)
         if state is not None:
             self.check_state(state, u.shape[0])
         run = self._conv if method == "conv" else self._steps
@@ -586,7 +608,8 @@ class S4(nn.Module):
         else:
             d, x = self._discretize(rate), state
             if self.mode == "diag":    # as a real system: one code serves both (s4d.py has a faster one)
-                A_bar, B_bar = real_form(d.A_bar, d.A_bar[None][:0]), torch.cat([d.B_bar.real, d.B_bar.imag], -1)
+                A_bar, B_bar = real_form(d.A_bar, d.A_bar[None][:0]), d.B_bar
+                B_bar = torch.cat([B_bar.real, B_bar.imag], -1)
                 d = Discrete(A_bar, B_bar, torch.cat([d.C.real, -d.C.imag], -1))
                 x = torch.cat([x.real, x.imag], -1)
             A_powers = [power.to(self.dtype) for power in squares(d.A_bar, l)]
@@ -599,8 +622,8 @@ class S4(nn.Module):
             y = y + nn.functional.pad(future[..., 1:], (0, 1))               # ... one step later
         if state is None:
             return y.flatten(1, 2), None
-        y = y + output_of_state(C, A_powers, x)[..., :l]
-        last = advance(A_powers, x, l) + state_of_input(B_bar, A_powers, u)
+        y = y + output_of_dense_state(C, A_powers, x)[..., :l]
+        last = advance(A_powers, x, l) + dense_state_of_input(B_bar, A_powers, u)
         return y.flatten(1, 2), last if self.mode == "nplr" else torch.complex(*last.chunk(2, -1))
 
 
@@ -641,6 +664,7 @@ def demo(path: Optional[str] = None) -> None:
     disk, kernels, modes, rates = axes = list(figure.subplots(2, 2).flat)
     disk.plot(torch.cos(2 * math.pi * t), torch.sin(2 * math.pi * t), color="0.7")
     for dt, A_bar, K in zip(layer.log_dt.exp(), layer.discretize().A_bar, layer.kernel(l)):
+        A_bar = torch.linalg.eigvals(A_bar)
         disk.plot(A_bar.real, A_bar.imag, "o", ms=4, label=f"dt = {dt:.3f}")
         kernels.plot(K / K.abs().max(), lw=1, label=f"dt = {dt:.3f}")
     disk.set(title="Eigenvalues of A_bar in the unit disk", xlabel="Re A_bar", ylabel="Im A_bar", aspect=1)

@@ -35,8 +35,9 @@ The fast kernel. Write time with two digits, k = jT + i, T a few sqrt(l). Then A
     K_{jT+i} = Re sum_n (2 C_n B_bar_n A_bar_n^{jT}) (A_bar_n^i)                                      (4)
 
 is one product of two small matrices, from n (T + l/T) powers instead of n l. They are computed in double
-precision, because a rounding error of A_bar grows k-fold in A_bar^k. The same two digits turn a state into its
-future outputs, and an input into the state that it leaves: a sequence of any length is a loop over chunks.
+precision, because a rounding error of A_bar grows k-fold in A_bar^k. The same two digits turn a state into
+its future outputs, and an input into the state that it leaves: a sequence of any length is a loop over
+chunks.
 
 What is trained: log_dt (one step size per feature), A, C and D. B stays 1: only the product C B matters.
 
@@ -64,7 +65,8 @@ def require(ok: bool, name: str, value, remedy: str) -> None:
 def check_number(name: str, value, kind: type = float, even: bool = False) -> None:
     """value must be a positive, finite number; with kind=int a whole one."""
     ok = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
-    require(ok and not (even and value % 2), name, value, f"pass a positive{' even' * even} {kind.__name__}")
+    remedy = f"pass a positive {'even ' * even}int" if kind is int else "pass a positive, finite number"
+    require(ok and not (even and value % 2), name, value, remedy)
 
 
 def check_tensor(name: str, x, shape: tuple, kind: str = "floating_point") -> None:
@@ -97,7 +99,7 @@ MEASURES = ("diag-lin", "diag-inv", "diag-quad", "diag-real", "diag-legs")
 
 REAL_TYPES = {   # -Re A as a function of the parameter, and the inverse; "none" does not keep it positive
     "exp": (torch.exp, torch.log),
-    "relu": (lambda raw: raw.relu() + 1e-4, lambda value: (value - 1e-4).clamp(min=1e-4)),   # 0 would not learn
+    "relu": (lambda raw: raw.relu() + 1e-4, lambda value: (value - 1e-4).clamp(min=1e-4)),
     "softplus": (nn.functional.softplus, lambda value: value + torch.log(-torch.expm1(-value))),
     "none": (lambda raw: raw, lambda value: value),
 }
@@ -115,7 +117,7 @@ def legs_eigenvalues(n: int) -> Tensor:
 
 
 def initial_A(measure: str, h: int, n: int, real_random: bool = False, imag_random: bool = False) -> Tensor:
-    """The initial eigenvalues of arXiv 2206.11893, section 4, one of each conjugate pair: (h, n/2) complex128.
+    """The initial eigenvalues (arXiv 2206.11893, section 4), one of each conjugate pair: (h, n/2) complex128.
 
     -Re A is 1/2, or uniform in (0, 1) with real_random; for diag-real, A = -(1 + i). The index i counts from
     0 to n/2 - 1; with imag_random, and for diag-real with real_random, it is uniform in (0, n/2).
@@ -184,7 +186,7 @@ def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 def two_digits(a: Tensor, l: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """low = a^i (h, T, n) in the precision of dtype, high = a^{jT} (h, J, n) in double precision, JT >= l."""
-    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # about 2 sqrt(l), by measurement
+    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # about 2 sqrt(l): measured
     return powers(a, T, dtype.to_complex()), powers(a ** T, -(-l // T), a.dtype)
 
 
@@ -223,8 +225,8 @@ def state_of_input(d: Discrete, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
     """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (b, h, l) with K (h, l).
 
-    The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. Lengths
-    2^i, 3 2^i and 5 2^i are fast.
+    The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. It is
+    fast for lengths 2^i, 3 2^i and 5 2^i.
     """
     l = u.shape[-1]
     size = min(odd << ((2 * l - 2) // odd).bit_length() for odd in (1, 3, 5))
@@ -243,7 +245,7 @@ class S4D(nn.Module):
         then nothing keeps the system stable (but the optimizer's luck)
     train_B: train B too, starting from 1
     real_random, imag_random: draw the real or the imaginary parts of A at random
-    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time in which A is written
+    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time of A
     lr: learning rates of dt, A and B for the optimizer, recorded in `ssm_lr` (see learning_rates)
     Raises ValueError for any other value.
     """
@@ -257,8 +259,12 @@ class S4D(nn.Module):
         check_number("dt_min", dt_min)
         check_number("dt_max", dt_max)
         require(dt_min <= dt_max, "dt_max", dt_max, f"pass at least dt_min = {dt_min}")
-        require(disc in DISCRETIZATIONS, "disc", disc, f"choose one of {', '.join(DISCRETIZATIONS)}")
-        require(real_type in REAL_TYPES, "real_type", real_type, f"choose one of {', '.join(REAL_TYPES)}")
+        flags = {"train_B": train_B, "real_random": real_random, "imag_random": imag_random}
+        for name, flag in flags.items():
+            require(isinstance(flag, bool), name, flag, "pass True or False")
+        require(disc in tuple(DISCRETIZATIONS), "disc", disc, f"choose one of {', '.join(DISCRETIZATIONS)}")
+        ok = real_type in tuple(REAL_TYPES)
+        require(ok, "real_type", real_type, f"choose one of {', '.join(REAL_TYPES)}")
         self.d_model, self.d_state, self.disc, self.real_type = d_model, d_state, disc, real_type
         h, n = d_model, d_state
         A = initial_A(measure, h, n, real_random, imag_random).to(torch.get_default_dtype().to_complex())
@@ -290,8 +296,9 @@ class S4D(nn.Module):
     def kernel(self, l: int, rate: float = 1.0) -> Tensor:
         """The impulse response K_0 ... K_{l-1} of equation (3), without D: (h, l)."""
         check_number("l", l, int)
-        d = self._discretize(rate)
-        return ssm_kernel(d, *two_digits(d.A_bar, l, self.dtype), self.dtype)[:, :l]
+        with torch.autocast("cuda" if self.D.is_cuda else "cpu", enabled=False):
+            d = self._discretize(rate)
+            return ssm_kernel(d, *two_digits(d.A_bar, l, self.dtype), self.dtype)[:, :l]
 
     def initial_state(self, batch_size: int) -> Tensor:
         """x_{-1} = 0, (b, h, n/2) complex."""
@@ -351,7 +358,7 @@ class S4D(nn.Module):
             return y, None
         state = state.to(self.dtype.to_complex())
         A_bar_l = d.A_bar * high[:, -1] * low[:, (l - 1) % low.shape[1]]
-        last = A_bar_l.to(state.dtype) * state + state_of_input(d, low, high, u)
+        last = (A_bar_l * state).to(state.dtype) + state_of_input(d, low, high, u)
         return y + output_of_state(d, low, high, state)[..., :l], last
 
 

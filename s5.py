@@ -60,7 +60,8 @@ def require(ok: bool, name: str, value, remedy: str) -> None:
 def check_number(name: str, value, kind: type = float, even: bool = False) -> None:
     """value must be a positive, finite number; with kind=int a whole one."""
     ok = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
-    require(ok and not (even and value % 2), name, value, f"pass a positive{' even' * even} {kind.__name__}")
+    remedy = f"pass a positive {'even ' * even}int" if kind is int else "pass a positive, finite number"
+    require(ok and not (even and value % 2), name, value, remedy)
 
 
 def check_tensor(name: str, x, shape: tuple, kind: str = "floating_point") -> None:
@@ -120,6 +121,7 @@ def initial_C(C_init: str, h: int, V: Tensor) -> Tensor:
     Real and imaginary part of C have variance 1/n each (lecun_normal), or are standard normal, cut at +-2
     (trunc_standard_normal); complex_normal draws C V itself, with variance 1.
     """
+    require(C_init in C_INITS, "C_init", C_init, f"choose one of {', '.join(C_INITS)}")
     n, p = V.shape
     if C_init == "complex_normal":
         return torch.randn(h, p, dtype=V.dtype)
@@ -177,8 +179,8 @@ def scan_in_place(v: Tensor, a: Tensor, x: Tensor, reverse: bool = False) -> Non
     """Replace v_k by x_k = a x_{k-1} + v_k, with reverse by x_k = a x_{k+1} + v_k: v (b, J, T, n), x (b, n).
 
     Time is k = jT + i. Two levels: the end of each block j if it started from 0; then the true starts of the
-    blocks, one by one; then all blocks again from there. So T steps over all blocks at once, J small ones, and
-    T again.
+    blocks, one by one; then all blocks again from there. So there are T steps over all blocks at once, J
+    small ones, and T again.
     """
     steps, blocks = v.unbind(2), range(v.shape[1])
     if reverse:
@@ -200,8 +202,8 @@ class Scan(torch.autograd.Function):
 
     u (b, h, l), a (n), B (n, h), C (h, n) complex128, D (h), x0 (b, n) -> y (b, h, l), x_{l-1} (b, n).
     Gradient, with g_k = dL/dy_k and w_k = conj(dL/d(B u_k)): the adjoint recurrence w_k = a w_{k+1} + C^T g_k
-    is the same scan backwards in time. dL/da = conj(sum_k x_{k-1} w_k), dL/dB = conj(sum_k w_k u_k^T), dL/dC =
-    conj(sum_k g_k x_k^T), dL/du_k = Re(B^T w_k) + D g_k, dL/dx0 = conj(a w_0). Only u and the x_k are saved.
+    is the same scan backwards in time. dL/da = conj(sum_k x_{k-1} w_k), dL/dB = conj(sum_k w_k u_k^T),
+    dL/dC = conj(sum_k g_k x_k^T), dL/du_k = Re(B^T w_k) + D g_k, dL/dx0 = conj(a w_0).
     """
 
     @staticmethod
@@ -227,7 +229,7 @@ class Scan(torch.autograd.Function):
     @staticmethod
     def adjoint(a, B, C, u, x, x0, g, g_last, grad_u):
         """dL/da, dL/dB, dL/dC and dL/dx0 of a part of the batch; adds Re(B^T w) to grad_u."""
-        def conj(z):                                                         # (.., 2n) real -> (.., n) complex
+        def conj(z):                                 # of (.., 2n) real as (.., n) complex128
             return torch.view_as_complex(z.unflatten(-1, (-1, 2))).conj().to(a.dtype)
 
         b, l, T = len(u), u.shape[-1], math.isqrt(u.shape[-1] - 1) + 1
@@ -249,7 +251,7 @@ class Scan(torch.autograd.Function):
         return grad_a, grad_B, grad_C, (a.to(x0.dtype) * blocks[:, 0, 0]).conj()
 
 
-def power_series(a: Tensor, count: int) -> Tensor:
+def powers_of(a: Tensor, count: int) -> Tensor:
     """a^0, a^1, ..., a^(count - 1), by doubling: (p) -> (p, count)."""
     p = torch.ones_like(a)[:, None]
     while p.shape[1] < count:
@@ -270,7 +272,7 @@ class S5(nn.Module):
     clip_eigs: use min(Re Lambda, -1e-4), so that training cannot make the system unstable
     bidirectional: add C' x' with x'_k = A_bar x'_{k+1} + B_bar u_k, a scan from the end; no state and no step
     step_rescale: a constant factor on rate
-    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time in which A is written
+    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time of A
     lr: learning rates of dt, A (Lambda) and B for the optimizer, recorded in `ssm_lr` (see learning_rates)
     Raises ValueError for any other value.
     """
@@ -281,14 +283,16 @@ class S5(nn.Module):
                  dt_max: float = 1e-1, lr=1e-3):
         super().__init__()
         check_number("d_model", d_model, int)
+        flags = {"conj_sym": conj_sym, "clip_eigs": clip_eigs, "bidirectional": bidirectional}
+        for name, flag in flags.items():
+            require(isinstance(flag, bool), name, flag, "pass True or False")
         check_number("d_state", d_state, int, even=conj_sym)
         check_number("blocks", blocks, int)
         check_number("step_rescale", step_rescale)
         check_number("dt_min", dt_min)
         check_number("dt_max", dt_max)
         require(dt_min <= dt_max, "dt_max", dt_max, f"pass at least dt_min = {dt_min}")
-        require(C_init in C_INITS, "C_init", C_init, f"choose one of {', '.join(C_INITS)}")
-        require(disc in DISCRETIZATIONS, "disc", disc, f"choose one of {', '.join(DISCRETIZATIONS)}")
+        require(disc in tuple(DISCRETIZATIONS), "disc", disc, f"choose one of {', '.join(DISCRETIZATIONS)}")
         size = d_state // blocks
         ok = size * blocks == d_state and not (conj_sym and size % 2)
         require(ok, "blocks", blocks, f"pass a divisor of d_state = {d_state}, its quotient even if conj_sym")
@@ -372,6 +376,8 @@ class S5(nn.Module):
         if state is not None:
             self.check_state(state, u.shape[0])
         with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # half precision is too coarse
+            if method == "step":
+                self.check_causal()
             run = {"scan": self._scan, "conv": self._conv, "step": self._steps}[method]
             d, zero = self._discretize(rate), u.new_zeros(len(u), len(self.B), dtype=self.dtype.to_complex())
             past, future = d.C[:, :len(self.B)], d.C[:, len(self.B):]
@@ -401,7 +407,7 @@ class S5(nn.Module):
         v = torch.complex(d.B_bar.real.to(u.dtype) @ u, d.B_bar.imag.to(u.dtype) @ u)        # (b, p, l)
         start = v[..., :1] + (d.A_bar.to(v.dtype) * x)[..., None]            # x_{-1} enters as part of v_0
         v = torch.cat([start, v[..., 1:]], -1)
-        K = power_series(d.A_bar, l).to(v.dtype)
+        K = powers_of(d.A_bar, l).to(v.dtype)
         x = torch.fft.ifft(torch.fft.fft(v, size) * torch.fft.fft(K, size))[..., :l]
         y = d.C.real.to(u.dtype) @ x.real - d.C.imag.to(u.dtype) @ x.imag
         return y + self.D[:, None] * u, x[..., -1]

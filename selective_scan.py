@@ -25,7 +25,8 @@ agree, and B_k is learned anyway. The simpler one is what Mamba uses.
 
 "Hardware-aware" (paper, section 3.3.2) means: the states (b, d, l, n) are n times as large as the input, so
 do not write them to main memory; compute them where they are used, and once more in the backward pass. Its
-CUDA kernel keeps them in fast on-chip memory. In PyTorch the same idea works in blocks of about sqrt(l) steps:
+CUDA kernel keeps them in fast on-chip memory. In PyTorch the same idea works in blocks of about sqrt(l)
+steps:
 
     1. run all blocks at once from the state 0, step by step, keeping only the current state of each. This
        gives their ends, and exp(A sum dt) is the decay over a block: from both follows the true start of each
@@ -37,7 +38,8 @@ The adjoint m = dL/dx runs the same two passes backwards in time, and the states
 of the blocks at a time. A cumulative product of exp(dt A) and a division by it would be shorter, but it
 underflows: exp(-110) is 0 in float32, and 0 / 0 is nan.
 
-What is trained: x_proj (W_B, W_C and the first factor of W), dt_proj, A_log and D, all at the main learning rate.
+What is trained: x_proj (W_B, W_C and the first factor of W), dt_proj, A_log and D, all at the main learning
+rate.
 
 Symbols: b batch, d features, n states per feature (d_state), l length; u, dt, y, z (b, d, l); B, C (b, n, l);
 A (d, n); x (b, d, n), inside the scan (b, n, d); blocks: time k = jT + i, as (T, J, ...).
@@ -63,7 +65,8 @@ def require(ok: bool, name: str, value, remedy: str) -> None:
 def check_number(name: str, value, kind: type = float, even: bool = False) -> None:
     """value must be a positive, finite number; with kind=int a whole one."""
     ok = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
-    require(ok and not (even and value % 2), name, value, f"pass a positive{' even' * even} {kind.__name__}")
+    remedy = f"pass a positive {'even ' * even}int" if kind is int else "pass a positive, finite number"
+    require(ok and not (even and value % 2), name, value, remedy)
 
 
 def check_tensor(name: str, x, shape: tuple, kind: str = "floating_point") -> None:
@@ -93,7 +96,7 @@ def learning_rates(layer: nn.Module, lr, names: dict) -> dict:
 # ---- the scan ----
 
 def to_blocks(u: Tensor) -> Tensor:
-    """(b, h, l) -> a view (T, J, b, h) with time k = jT + i and T about sqrt(l); zeros after the end, if needed."""
+    """(b, h, l) -> (T, J, b, h) with time k = jT + i, T about sqrt(l); a view, unless zeros are added."""
     l = u.shape[-1]
     T = math.isqrt(l - 1) + 1
     J = -(-l // T)
@@ -102,7 +105,7 @@ def to_blocks(u: Tensor) -> Tensor:
 
 
 def each_step(*blocks: Tensor, reverse: bool = False):
-    """The steps i = 0 ... T - 1 (or backwards) of tensors (T, J, b, h), contiguous: copied eight at a time."""
+    """The steps i = 0 ... T - 1, or backwards, of (T, J, b, h) tensors, made contiguous eight at a time."""
     starts = range(0, len(blocks[0]), 8)
     for start in reversed(starts) if reverse else starts:
         rows = list(zip(*(block[start:start + 8].contiguous() for block in blocks)))
@@ -110,11 +113,11 @@ def each_step(*blocks: Tensor, reverse: bool = False):
 
 
 class SelectiveScan(torch.autograd.Function):
-    """x_k = exp(dt_k A) x_{k-1} + dt_k B_k u_k, y_k = C_k x_k, in blocks. dt = 0 after the end keeps the state.
+    """Equation (1) without D, in blocks; dt = 0 after the end keeps the state.
 
-    dt, u (b, d, l), B, C (b, n, l), A (n, d), x0 (b, n, d) -> y (b, d, l), last state (b, n, d). In the code the
-    axes of a step are (J, b, n, d). Gradient, with m_k = dL/dx_k: m_k = C_k dL/dy_k + exp(dt_{k+1} A) m_{k+1},
-    and all others follow from m_k and x_{k-1} in (1) by the product rule.
+    dt, u (b, d, l), B, C (b, n, l), A (n, d), x0 (b, n, d) -> y (b, d, l), last state (b, n, d). A step works
+    on arrays (J, b, n, d). Gradient: m_k = dL/dx_k = C_k dL/dy_k + exp(dt_{k+1} A) m_{k+1}, and the others
+    follow from m_k and x_{k-1} by the product rule in (1).
     """
 
     @staticmethod
@@ -127,8 +130,8 @@ class SelectiveScan(torch.autograd.Function):
         for dt_i, u_i, B_i in each_step(dt, u, B):
             x.mul_((dt_i[:, :, None] * A).exp_()).addcmul_(B_i[..., None], (dt_i * u_i)[:, :, None])
         decay, last = (dt.sum(0)[:, :, None] * A).exp_(), x0
-        for j in range(len(x)):                                              # x_j: first the end of block j from 0,
-            last, x[j] = torch.addcmul(x[j], decay[j], last), last           # then its true start
+        for j in range(len(x)):              # x[j]: the end of block j if it starts from 0, then its start
+            last, x[j] = torch.addcmul(x[j], decay[j], last), last
         ctx.starts = x.clone() if any(ctx.needs_input_grad) else None
         for i, (dt_i, u_i, B_i, C_i) in enumerate(each_step(dt, u, B, C)):
             x.mul_((dt_i[:, :, None] * A).exp_()).addcmul_(B_i[..., None], (dt_i * u_i)[:, :, None])
@@ -140,16 +143,15 @@ class SelectiveScan(torch.autograd.Function):
     def backward(ctx, grad_y, grad_last):
         dt, u, B, C, A, x0 = ctx.saved_tensors
         l, (dt, u, B, C, g) = u.shape[-1], map(to_blocks, (dt, u, B, C, grad_y))
-        # m at the start of each block as if nothing came after the block, and then at its end with all that comes
-        m, grad_x0 = torch.zeros_like(ctx.starts), grad_last
+        m, grad_x0 = torch.zeros_like(ctx.starts), grad_last                 # at starts, if nothing follows
         for dt_i, C_i, g_i in each_step(dt, C, g, reverse=True):
             m.addcmul_(C_i[..., None], g_i[:, :, None]).mul_((dt_i[:, :, None] * A).exp_())
         decay = (dt.sum(0)[:, :, None] * A).exp_()
-        for j in reversed(range(len(m))):
+        for j in reversed(range(len(m))):    # now m[j] is what comes from behind the end of block j
             grad_x0, m[j] = torch.addcmul(m[j], decay[j], grad_x0), grad_x0
-        grad_dt, grad_u, grad_B, grad_C = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (dt, u, B, C))
+        grad_dt, grad_u, grad_B, grad_C = (torch.empty_like(t) for t in (dt, u, B, C))
         grad_A, group = torch.zeros_like(A), -(-len(m) // 8)
-        for first in range(0, len(m), group):                                # an eighth of the blocks at a time
+        for first in range(0, len(m), group):                                # an eighth of the blocks each
             j = slice(first, first + group)
             steps = [[row[j] for row in rows] for rows in each_step(dt, u, B, C, g)]
             states, decays, w, total = [ctx.starts[j]], [], m[j], torch.zeros_like(m[j])

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from layers import error, random_state, signal
-from s5 import C_INITS, S5, Scan, initial_C, make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO
+import lru
+import s5
+from s5 import C_INITS, S5, initial_C, make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO
 from test_golden import load
 
 DOUBLE = dict(dtype=torch.float64)
@@ -149,36 +151,33 @@ def test_bidirectional_is_forward_plus_backward():
     forward, _ = one(u)
     one.C.data.copy_(both.C[:, 4:])
     backward = one(u.flip(-1))[0].flip(-1) - one.D[:, None] * u              # D u counts once
-    for method in ("scan", "conv", "step"):
+    for method in ("scan", "conv"):
         assert error(both(u, method=method)[0], forward + backward) <= 1e-12
 
 
-def test_bidirectional_refuses_a_state():
+def test_bidirectional_refuses_a_state_and_steps():
     layer, u, x = S5(3, 8, bidirectional=True), signal(2, 3, 5), torch.zeros(2, 4, dtype=torch.complex64)
     for call in (lambda: layer(u, x), lambda: layer.step(u[..., 0], x), layer.discretize,
-                 lambda: layer.initial_state(2)):
-        with pytest.raises(ValueError, match="^state = .*bidirectional.*: "):
+                 lambda: layer.initial_state(2), lambda: layer(u, method="step")):
+        with pytest.raises(ValueError, match="^bidirectional = True: "):
             call()
 
 
-@pytest.mark.parametrize("l", [1, 2, 3, 4, 5, 8, 9, 10, 15, 16, 17])
-def test_scan_and_its_gradient_around_squares(l):
-    a = torch.polar(torch.tensor([0.9, 1.1, 0.5], **DOUBLE), torch.tensor([0.3, -2.0, 1.0], **DOUBLE))
-    x0, v = complex_normal(2, 3, seed=1), complex_normal(2, l, 3, seed=2)
-    T = math.isqrt(l - 1) + 1
-    J = -(-l // T)
-
-    def scan(v, a, x0):
-        blocks = torch.cat([v, v.new_zeros(2, J * T - l, 3)], 1).unflatten(1, (J, T))
-        return Scan.apply(blocks, a, x0).flatten(1, 2)[:, :l]
-
+@pytest.mark.parametrize("Scan", [s5.Scan, lru.Scan], ids=["s5", "lru"])
+@pytest.mark.parametrize("l", [1, 2, 3, 4, 5, 9, 10, 16, 17])
+def test_scan_and_its_gradient_around_squares(l, Scan):
+    a = torch.polar(torch.tensor([0.9, 1.1], **DOUBLE), torch.tensor([0.3, -2.0], **DOUBLE))
+    u, D, x0 = signal(3, 2, l, **DOUBLE), signal(1, 1, 2, **DOUBLE)[0, 0], complex_normal(3, 2)
+    B, C = complex_normal(2, 2, seed=1), complex_normal(2, 2, seed=2)
     x, expected = x0, []
     for k in range(l):
-        x = a * x + v[:, k]
-        expected.append(x)
-    assert error(scan(v, a, x0), torch.stack(expected, 1)) <= 1e-13
-    if l <= 10:
-        assert torch.autograd.gradcheck(scan, [t.requires_grad_() for t in (v, a, x0)])
+        x = a * x + u[..., k].to(B.dtype) @ B.T
+        expected.append((x @ C.T).real + D * u[..., k])
+    given = [t.requires_grad_() for t in (u, a, B, C, D, x0)]
+    y, last = Scan.apply(*given)[:2]
+    assert error(y, torch.stack(expected, -1)) <= 1e-13 and error(last, x) <= 1e-13
+    if l <= 5:
+        assert torch.autograd.gradcheck(lambda *given: Scan.apply(*given)[:2], given)
 
 
 def test_a_second_derivative_is_refused():
