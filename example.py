@@ -25,7 +25,7 @@ from torch import distributed as dist, nn
 MODELS = {"s4": ("s4", "S4", {"d_state": 32}, 4, False), "s4d": ("s4d", "S4D", {}, 4, False),
           "lssl": ("lssl", "LSSL", {}, 4, False), "dss": ("dss", "DSS", {}, 4, False),
           "gss": ("gss", "GSS", {"expand": 1}, 4, True), "s5": ("s5", "S5", {}, 4, False),
-          "lru": ("lru", "LRU", {"d_state": 32, "r_min": 0.9, "r_max": 0.999, "max_phase": 0.314}, 4, False),
+          "lru": ("lru", "LRU", {"d_state": 32, "r_min": .99, "r_max": .9999, "max_phase": .314}, 4, False),
           "selective_scan": ("selective_scan", "SelectiveSSM", {}, 4, False),
           "mamba": ("selective_scan", "Mamba", {}, 2, True)}
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"     # and its sha256:

@@ -51,6 +51,9 @@ import torch
 from torch import Tensor, nn
 
 
+COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
 # ---- arguments ----
 
 def require(ok: bool, name: str, value, remedy: str) -> None:
@@ -149,7 +152,7 @@ def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 def two_digits(a: Tensor, l: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """low = a^i (h, T, n) in the precision of dtype, high = a^{jT} (h, J, n) in double precision, JT >= l."""
     T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # about 2 sqrt(l): measured
-    return powers(a, T, dtype.to_complex()), powers(a ** T, -(-l // T), a.dtype)
+    return powers(a, T, COMPLEX[dtype]), powers(a ** T, -(-l // T), a.dtype)
 
 
 def as_real(z: Tensor, dtype: torch.dtype, conj: bool = False) -> Tensor:
@@ -157,8 +160,8 @@ def as_real(z: Tensor, dtype: torch.dtype, conj: bool = False) -> Tensor:
 
     Re sum_n v_n w_n is then the real product of as_real(v) and as_real(w, conj=True).
     """
-    z = z.to(dtype.to_complex())
-    return torch.view_as_real(z.conj_physical() if conj else z).flatten(-2)  # .conj() would be lazy
+    z = z.to(COMPLEX[dtype])
+    return torch.view_as_real(z.conj().resolve_conj() if conj else z).flatten(-2)
 
 
 def ssm_kernel(d: Discrete, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
@@ -233,7 +236,7 @@ class GSS(nn.Module):
         require(d_model % bottleneck == 0, "bottleneck", bottleneck, f"pass a divisor of d_model = {d_model}")
         self.d_model, self.d_inner, self.d_state = d_model, d_model // bottleneck, d_state
         c, n = self.d_inner, d_state
-        A = random_or_linear_A(measure, c, n).to(torch.get_default_dtype().to_complex())
+        A = random_or_linear_A(measure, c, n).to(COMPLEX[torch.get_default_dtype()])
         self.log_dt = nn.Parameter(math.log(dt_min) + torch.rand(c) * math.log(dt_max / dt_min))
         self.log_A_real = nn.Parameter(torch.log(-A.real))
         self.A_imag = nn.Parameter(A.imag.clone())
@@ -264,7 +267,7 @@ class GSS(nn.Module):
 
     def discretize(self, rate: float = 1.0) -> Discrete:
         """A_bar, B_bar and C of the recurrence (2) at step size rate * dt."""
-        return Discrete(*(matrix.to(self.dtype.to_complex()) for matrix in self._discretize(rate)))
+        return Discrete(*(matrix.to(COMPLEX[self.dtype]) for matrix in self._discretize(rate)))
 
     def kernel(self, l: int, rate: float = 1.0) -> Tensor:
         """The impulse response K_0 ... K_{l-1} of equation (3), of the SSM alone, without D: (c, l)."""
@@ -277,7 +280,7 @@ class GSS(nn.Module):
         """x_{-1} = 0, (b, c, n) complex."""
         check_number("batch_size", batch_size, int)
         shape = batch_size, self.d_inner, self.d_state
-        return torch.zeros(shape, dtype=self.dtype.to_complex(), device=self.D.device)
+        return torch.zeros(shape, dtype=COMPLEX[self.dtype], device=self.D.device)
 
     def check_state(self, state: Tensor, b: int) -> None:
         """state must be complex (b, c, n)."""
@@ -331,7 +334,7 @@ class GSS(nn.Module):
         for u_k in u.double().unbind(-1):
             y_k, x = self._step(u_k[..., None], x, discrete)
             outputs.append(y_k)
-        return torch.cat(outputs, -1), None if state is None else x.to(self.dtype.to_complex())
+        return torch.cat(outputs, -1), None if state is None else x.to(COMPLEX[self.dtype])
 
     def _conv(self, u: Tensor, state: Optional[Tensor], rate: float) -> tuple[Tensor, Optional[Tensor]]:
         """The convolution (3). A state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the final state."""
@@ -341,7 +344,7 @@ class GSS(nn.Module):
         y = fft_conv(u, torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], -1))   # D u: an impulse at k = 0
         if state is None:
             return y, None
-        state = state.to(self.dtype.to_complex())
+        state = state.to(COMPLEX[self.dtype])
         A_bar_l = d.A_bar * high[:, -1] * low[:, (l - 1) % low.shape[1]]
         last = (A_bar_l * state).to(state.dtype) + state_of_input(d, low, high, u)
         return y + output_of_state(d, low, high, state)[..., :l], last

@@ -64,6 +64,9 @@ import torch
 from torch import Tensor, nn
 
 
+COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
 # ---- arguments ----
 
 def require(ok: bool, name: str, value, remedy: str) -> None:
@@ -273,7 +276,7 @@ def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 def diagonal_kernel(A_bar: Tensor, CB: Tensor, l: int, dtype: torch.dtype) -> Tensor:
     """Re sum_n CB_n A_bar_n^k by two digits of k (see s4d.py): (h, n), (m, h, n) -> (m, h, l)."""
     T = math.isqrt(l - 1) + 1
-    low = powers(A_bar, T, dtype.to_complex())
+    low = powers(A_bar, T, COMPLEX[dtype])
     high = CB[:, :, None] * powers(A_bar ** T, -(-l // T), A_bar.dtype)      # (m, h, J, n)
     return (high.to(low.dtype) @ low.mT).real.flatten(2)[..., :l]
 
@@ -497,7 +500,7 @@ class S4(nn.Module):
         """A_bar, B_bar and C of the recurrence (1) at step size rate * dt."""
         self.check_causal()
         matrices = self._discretize(rate)
-        return Discrete(*(matrix.to(self.dtype.to_complex() if matrix.is_complex() else self.dtype)
+        return Discrete(*(matrix.to(COMPLEX[self.dtype] if matrix.is_complex() else self.dtype)
                           for matrix in matrices))
 
     def check_length(self, l: int, rate: float) -> None:
@@ -534,7 +537,7 @@ class S4(nn.Module):
         if self.mode == "nplr":
             return torch.zeros(batch_size, self.h, self.d_state, dtype=self.dtype, device=self.D.device)
         shape = batch_size, self.h, self.d_state // 2
-        return torch.zeros(shape, dtype=self.dtype.to_complex(), device=self.D.device)
+        return torch.zeros(shape, dtype=COMPLEX[self.dtype], device=self.D.device)
 
     def check_state(self, state: Tensor, b: int) -> None:
         """state must have the shape and kind of initial_state(b)."""

@@ -54,6 +54,9 @@ import torch
 from torch import Tensor, nn
 
 
+COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
 # ---- arguments ----
 
 def require(ok: bool, name: str, value, remedy: str) -> None:
@@ -187,7 +190,7 @@ def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 def two_digits(a: Tensor, l: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """low = a^i (h, T, n) in the precision of dtype, high = a^{jT} (h, J, n) in double precision, JT >= l."""
     T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # about 2 sqrt(l): measured
-    return powers(a, T, dtype.to_complex()), powers(a ** T, -(-l // T), a.dtype)
+    return powers(a, T, COMPLEX[dtype]), powers(a ** T, -(-l // T), a.dtype)
 
 
 def as_real(z: Tensor, dtype: torch.dtype, conj: bool = False) -> Tensor:
@@ -195,8 +198,8 @@ def as_real(z: Tensor, dtype: torch.dtype, conj: bool = False) -> Tensor:
 
     Re sum_n v_n w_n is then the real product of as_real(v) and as_real(w, conj=True).
     """
-    z = z.to(dtype.to_complex())
-    return torch.view_as_real(z.conj_physical() if conj else z).flatten(-2)  # .conj() would be lazy
+    z = z.to(COMPLEX[dtype])
+    return torch.view_as_real(z.conj().resolve_conj() if conj else z).flatten(-2)
 
 
 def ssm_kernel(d: Discrete, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
@@ -267,7 +270,7 @@ class S4D(nn.Module):
         require(ok, "real_type", real_type, f"choose one of {', '.join(REAL_TYPES)}")
         self.d_model, self.d_state, self.disc, self.real_type = d_model, d_state, disc, real_type
         h, n = d_model, d_state
-        A = initial_A(measure, h, n, real_random, imag_random).to(torch.get_default_dtype().to_complex())
+        A = initial_A(measure, h, n, real_random, imag_random).to(COMPLEX[torch.get_default_dtype()])
         self.log_dt = nn.Parameter(math.log(dt_min) + torch.rand(h) * math.log(dt_max / dt_min))
         self.log_A_real = nn.Parameter(REAL_TYPES[real_type][1](-A.real))
         self.A_imag = nn.Parameter(A.imag.clone())
@@ -291,7 +294,7 @@ class S4D(nn.Module):
 
     def discretize(self, rate: float = 1.0) -> Discrete:
         """A_bar, B_bar and C of the recurrence (2) at step size rate * dt."""
-        return Discrete(*(matrix.to(self.dtype.to_complex()) for matrix in self._discretize(rate)))
+        return Discrete(*(matrix.to(COMPLEX[self.dtype]) for matrix in self._discretize(rate)))
 
     def kernel(self, l: int, rate: float = 1.0) -> Tensor:
         """The impulse response K_0 ... K_{l-1} of equation (3), without D: (h, l)."""
@@ -304,7 +307,7 @@ class S4D(nn.Module):
         """x_{-1} = 0, (b, h, n/2) complex."""
         check_number("batch_size", batch_size, int)
         shape = batch_size, self.d_model, self.d_state // 2
-        return torch.zeros(shape, dtype=self.dtype.to_complex(), device=self.D.device)
+        return torch.zeros(shape, dtype=COMPLEX[self.dtype], device=self.D.device)
 
     def check_state(self, state: Tensor, b: int) -> None:
         """state must be complex (b, h, n/2)."""
@@ -346,7 +349,7 @@ class S4D(nn.Module):
         for u_k in u.double().unbind(-1):
             y_k, x = self.step(u_k, x, discrete=discrete)
             outputs.append(y_k)
-        return torch.stack(outputs, -1), None if state is None else x.to(self.dtype.to_complex())
+        return torch.stack(outputs, -1), None if state is None else x.to(COMPLEX[self.dtype])
 
     def _conv(self, u: Tensor, state: Optional[Tensor], rate: float) -> tuple[Tensor, Optional[Tensor]]:
         """The convolution (3). A state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the final state."""
@@ -356,7 +359,7 @@ class S4D(nn.Module):
         y = fft_conv(u, torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], -1))   # D u: an impulse at k = 0
         if state is None:
             return y, None
-        state = state.to(self.dtype.to_complex())
+        state = state.to(COMPLEX[self.dtype])
         A_bar_l = d.A_bar * high[:, -1] * low[:, (l - 1) % low.shape[1]]
         last = (A_bar_l * state).to(state.dtype) + state_of_input(d, low, high, u)
         return y + output_of_state(d, low, high, state)[..., :l], last

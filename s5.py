@@ -49,6 +49,9 @@ import torch
 from torch import Tensor, nn
 
 
+COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
 # ---- arguments ----
 
 def require(ok: bool, name: str, value, remedy: str) -> None:
@@ -171,8 +174,8 @@ def as_real(z: Tensor, dtype: torch.dtype, conj: bool = False) -> Tensor:
 
     Re sum_n v_n w_n is then the real product of as_real(v) and as_real(w, conj=True).
     """
-    z = z.to(dtype.to_complex())
-    return torch.view_as_real(z.conj_physical() if conj else z).flatten(-2)  # .conj() would be lazy
+    z = z.to(COMPLEX[dtype])
+    return torch.view_as_real(z.conj().resolve_conj() if conj else z).flatten(-2)
 
 
 def scan_in_place(v: Tensor, a: Tensor, x: Tensor, reverse: bool = False) -> None:
@@ -182,7 +185,7 @@ def scan_in_place(v: Tensor, a: Tensor, x: Tensor, reverse: bool = False) -> Non
     blocks, one by one; then all blocks again from there. So there are T steps over all blocks at once, J
     small ones, and T again.
     """
-    steps, blocks = v.unbind(2), range(v.shape[1])
+    steps, blocks = [v[:, :, i] for i in range(v.shape[2])], range(v.shape[1])
     if reverse:
         steps, blocks = steps[::-1], blocks[::-1]
     a, a_T = a.to(v.dtype), (a ** len(steps)).to(v.dtype)                    # a^T in double precision
@@ -206,21 +209,30 @@ class Scan(torch.autograd.Function):
     dL/dC = conj(sum_k g_k x_k^T), dL/du_k = Re(B^T w_k) + D g_k, dL/dx0 = conj(a w_0).
     """
 
+    generate_vmap_rule = True                                                # for torch.func.vmap
+
     @staticmethod
-    def forward(ctx, u, a, B, C, D, x0):
+    def forward(u, a, B, C, D, x0):
         b, l, T = len(u), u.shape[-1], math.isqrt(u.shape[-1] - 1) + 1       # about sqrt(l) blocks of T
         x = u.new_zeros(b, -(-l // T) * T, len(a), dtype=x0.dtype)           # zeros after the end
         v = torch.view_as_real(x[:, :l]).flatten(-2)                         # B u, written in place
-        torch.bmm(u.mT, as_real(B.mT, u.dtype).expand(b, -1, -1), out=v)
+        v.baddbmm_(u.mT, as_real(B.mT, u.dtype).expand(b, -1, -1), beta=0)
         scan_in_place(x.unflatten(1, (-1, T)), a, x0)
-        ctx.save_for_backward(u, a, B, C, D, x0, x)
         y = torch.bmm(as_real(C, u.dtype, conj=True).expand(b, -1, -1), as_real(x[:, :l], u.dtype).mT)
-        return y.addcmul_(D[:, None], u), x[:, l - 1].clone()
+        return y.addcmul_(D[:, None], u), x[:, l - 1].clone(), x
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.mark_non_differentiable(outputs[2])
+        ctx.set_materialize_grads(False)                                     # no zeros for what has no gradient
+        ctx.save_for_backward(*inputs, outputs[2])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g, g_last):
+    def backward(ctx, g, g_last, _):
         u, a, B, C, D, x0, x = ctx.saved_tensors
+        g = torch.zeros_like(u) if g is None else g
+        g_last = torch.zeros_like(x0) if g_last is None else g_last
         grad_D, grad_u = (g * u).sum((0, 2)), g * D[:, None]
         halves = zip(*(t.chunk(2) for t in (u, x, x0, g, g_last, grad_u)))   # of the batch, to save memory
         grad_a, grad_B, grad_C, grad_x0 = zip(*(Scan.adjoint(a, B, C, *half) for half in halves))
@@ -235,7 +247,7 @@ class Scan(torch.autograd.Function):
         b, l, T = len(u), u.shape[-1], math.isqrt(u.shape[-1] - 1) + 1
         w = torch.zeros_like(x)
         direct = torch.view_as_real(w[:, :l]).flatten(-2)                    # C^T g, written in place
-        torch.bmm(g.mT, as_real(C, u.dtype).expand(b, -1, -1), out=direct)
+        direct.baddbmm_(g.mT, as_real(C, u.dtype).expand(b, -1, -1), beta=0)
         w[:, l - 1] += g_last.conj()
         blocks, states = w.unflatten(1, (-1, T)), x.unflatten(1, (-1, T))
         scan_in_place(blocks, a, torch.zeros_like(x0), reverse=True)
@@ -332,7 +344,7 @@ class S5(nn.Module):
     def discretize(self, rate: float = 1.0) -> Discrete:
         """A_bar, B_bar and C of the recurrence (2) at step size rate * step_rescale * dt."""
         self.check_causal()
-        return Discrete(*(matrix.to(self.dtype.to_complex()) for matrix in self._discretize(rate)))
+        return Discrete(*(matrix.to(COMPLEX[self.dtype]) for matrix in self._discretize(rate)))
 
     def check_causal(self) -> None:
         """A bidirectional layer reads the whole sequence, so that it has no state."""
@@ -342,7 +354,7 @@ class S5(nn.Module):
         """x_{-1} = 0, (b, p) complex."""
         self.check_causal()
         check_number("batch_size", batch_size, int)
-        return torch.zeros(batch_size, len(self.B), dtype=self.dtype.to_complex(), device=self.D.device)
+        return torch.zeros(batch_size, len(self.B), dtype=COMPLEX[self.dtype], device=self.D.device)
 
     def check_state(self, state: Tensor, b: int) -> None:
         """state must be complex (b, p)."""
@@ -379,7 +391,7 @@ class S5(nn.Module):
             if method == "step":
                 self.check_causal()
             run = {"scan": self._scan, "conv": self._conv, "step": self._steps}[method]
-            d, zero = self._discretize(rate), u.new_zeros(len(u), len(self.B), dtype=self.dtype.to_complex())
+            d, zero = self._discretize(rate), u.new_zeros(len(u), len(self.B), dtype=COMPLEX[self.dtype])
             past, future = d.C[:, :len(self.B)], d.C[:, len(self.B):]
             x = zero if state is None else state.to(zero.dtype)
             y, last = run(u.to(self.dtype), x, d._replace(C=past))
@@ -398,7 +410,7 @@ class S5(nn.Module):
 
     def _scan(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
         """The scan in two levels."""
-        return Scan.apply(u, d.A_bar, d.B_bar, d.C, self.D.to(u.dtype), x)
+        return Scan.apply(u, d.A_bar, d.B_bar, d.C, self.D.to(u.dtype), x)[:2]
 
     def _conv(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
         """The same by FFT: each state convolves its input B_bar u with the powers A_bar^k."""

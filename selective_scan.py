@@ -120,9 +120,10 @@ class SelectiveScan(torch.autograd.Function):
     follow from m_k and x_{k-1} by the product rule in (1).
     """
 
+    generate_vmap_rule = True                                                # for torch.func.vmap
+
     @staticmethod
-    def forward(ctx, dt, u, B, C, A, x0):
-        ctx.save_for_backward(dt, u, B, C, A, x0)
+    def forward(dt, u, B, C, A, x0):
         l, (dt, u, B, C) = u.shape[-1], map(to_blocks, (dt, u, B, C))
         y = u.new_empty(u.shape[2], u.shape[3], u.shape[1] * len(u))         # (b, d, JT)
         y_blocks = y.unflatten(-1, (-1, len(u))).permute(3, 2, 0, 1)
@@ -132,18 +133,23 @@ class SelectiveScan(torch.autograd.Function):
         decay, last = (dt.sum(0)[:, :, None] * A).exp_(), x0
         for j in range(len(x)):              # x[j]: the end of block j if it starts from 0, then its start
             last, x[j] = torch.addcmul(x[j], decay[j], last), last
-        ctx.starts = x.clone() if any(ctx.needs_input_grad) else None
+        starts = x.clone()
         for i, (dt_i, u_i, B_i, C_i) in enumerate(each_step(dt, u, B, C)):
             x.mul_((dt_i[:, :, None] * A).exp_()).addcmul_(B_i[..., None], (dt_i * u_i)[:, :, None])
             y_blocks[i] = (C_i[:, :, None] @ x)[:, :, 0]
-        return y[..., :l], last
+        return y[..., :l], last, starts
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.mark_non_differentiable(outputs[2])
+        ctx.save_for_backward(*inputs, outputs[2])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y, grad_last):
-        dt, u, B, C, A, x0 = ctx.saved_tensors
+    def backward(ctx, grad_y, grad_last, _):
+        dt, u, B, C, A, x0, starts = ctx.saved_tensors
         l, (dt, u, B, C, g) = u.shape[-1], map(to_blocks, (dt, u, B, C, grad_y))
-        m, grad_x0 = torch.zeros_like(ctx.starts), grad_last                 # at starts, if nothing follows
+        m, grad_x0 = torch.zeros_like(starts), grad_last                 # at starts, if nothing follows
         for dt_i, C_i, g_i in each_step(dt, C, g, reverse=True):
             m.addcmul_(C_i[..., None], g_i[:, :, None]).mul_((dt_i[:, :, None] * A).exp_())
         decay = (dt.sum(0)[:, :, None] * A).exp_()
@@ -154,7 +160,7 @@ class SelectiveScan(torch.autograd.Function):
         for first in range(0, len(m), group):                                # an eighth of the blocks each
             j = slice(first, first + group)
             steps = [[row[j] for row in rows] for rows in each_step(dt, u, B, C, g)]
-            states, decays, w, total = [ctx.starts[j]], [], m[j], torch.zeros_like(m[j])
+            states, decays, w, total = [starts[j]], [], m[j], torch.zeros_like(m[j])
             for dt_i, u_i, B_i, _, _ in steps:
                 decays.append((dt_i[:, :, None] * A).exp_())
                 states.append((decays[-1] * states[-1]).addcmul_(B_i[..., None], (dt_i * u_i)[:, :, None]))
@@ -169,7 +175,7 @@ class SelectiveScan(torch.autograd.Function):
                 grad_u[i, j] = dt_i * grad_v
                 grad_dt[i, j] = (slope * A).sum(2).addcmul_(u_i, grad_v)
                 total.addcmul_(slope, dt_i[:, :, None])
-            grad_A += total.sum((0, 1))
+            grad_A = grad_A + total.sum((0, 1))
         grads = [t.permute(2, 3, 1, 0).flatten(2)[..., :l] for t in (grad_dt, grad_u, grad_B, grad_C)]
         return *grads, grad_A, grad_x0
 
@@ -217,7 +223,7 @@ def selective_scan_fn(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
         if scan is not None:
             y, x = scan(dt, v, B, C, A, x)
         else:
-            y, x = SelectiveScan.apply(dt, v, B, C, A.mT.contiguous(), x.mT.contiguous())
+            y, x, _ = SelectiveScan.apply(dt, v, B, C, A.mT.contiguous(), x.mT.contiguous())
             x = x.mT
         y = y if D is None else torch.addcmul(y, v, D.to(dtype)[:, None])
         y = y if z is None else y * nn.functional.silu(z.to(dtype))

@@ -1,0 +1,35 @@
+"""README.md: its Python blocks run and print what stands below them, its commands and links exist."""
+
+import contextlib
+import io
+import re
+
+from layers import ROOT
+
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_python_blocks_print_what_stands_below_them():
+    blocks = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", TEXT, re.M | re.S)
+    assert len(blocks) >= 5
+    namespace = {}
+    for code, expected in blocks:
+        if "official" in code:                     # run with golden parameters by test_checkpoints.py
+            continue
+        assert len(code.splitlines()) <= 10
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            exec(code, namespace)
+        assert output.getvalue() == expected, code
+
+
+def test_the_two_commands_stand_in_the_first_ten_lines():
+    head = "\n".join(TEXT.splitlines()[:10])
+    assert "pip install -r requirements.txt && python example.py --model s4d" in head
+    assert "python -m pytest tests" in head
+
+
+def test_links_and_files_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+    for name in re.findall(r"`(?:python )?((?:tests/)?\w+\.py)", TEXT):
+        assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
