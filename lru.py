@@ -185,7 +185,7 @@ class Scan(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, outputs):
         ctx.mark_non_differentiable(outputs[2])
-        ctx.set_materialize_grads(False)                                     # no zeros for what has no gradient
+        ctx.set_materialize_grads(False)                                     # or zeros like x would come
         ctx.save_for_backward(*inputs, outputs[2])
 
     @staticmethod
