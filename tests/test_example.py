@@ -28,10 +28,14 @@ TINY = ["--data", "builtin", "--limit", "40", "--d-model", "8", "--d-state", "4"
 
 
 def start(out, *flags, command=(sys.executable, "example.py"), **environment):
-    """Start example.py with a tiny network in a process of its own."""
-    return subprocess.Popen([*command, *TINY, "--out", str(out), *flags], cwd=ROOT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    """Start example.py with a tiny network in a process of its own, which heeds Ctrl-C even if ours does not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)    # a background job inherits "ignore"
+    try:
+        return subprocess.Popen([*command, *TINY, "--out", str(out), *flags], cwd=ROOT, text=True,
+                                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def finish(process):
