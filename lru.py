@@ -184,6 +184,7 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
+        """Save what backward needs; the third output is only for that."""
         ctx.mark_non_differentiable(outputs[2])
         ctx.set_materialize_grads(False)                                     # or zeros like x would come
         ctx.save_for_backward(*inputs, outputs[2])
@@ -202,7 +203,8 @@ class Scan(torch.autograd.Function):
     @staticmethod
     def adjoint(a, B, C, u, x, x0, g, g_last, grad_u):
         """dL/da, dL/dB, dL/dC and dL/dx0 of a part of the batch; adds Re(B^T w) to grad_u."""
-        def conj(z):                                 # of (.., 2n) real as (.., n) complex128
+        def conj(z):
+            """The conjugate of z (.., 2n) real, as (.., n) complex128."""
             return torch.view_as_complex(z.unflatten(-1, (-1, 2))).conj().to(a.dtype)
 
         b, l, T = len(u), u.shape[-1], math.isqrt(u.shape[-1] - 1) + 1
@@ -359,6 +361,7 @@ def demo(path: Optional[str] = None) -> None:
     u = torch.sin(2 * math.pi * torch.tensor([[2.0], [3.0], [5.0]]) * (t + t ** 2))[None]       # (1, 3, l)
 
     def chunks():
+        """The same sequence in four uneven pieces: (1, 3, l)."""
         y, state = [], layer.initial_state(1)
         for piece in u.split([100, 1, 411, 512], -1):
             y_piece, state = layer(piece, state)

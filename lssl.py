@@ -361,6 +361,7 @@ def demo(path: Optional[str] = None) -> None:
     u = torch.sin(2 * math.pi * torch.tensor([[2.0], [3.0], [5.0]]) * (t + t ** 2))[None]       # (1, 3, l)
 
     def chunks():
+        """The same sequence in four uneven pieces: (1, 3, l)."""
         y, state = [], layer.initial_state(1)
         for piece in u.split([100, 1, 411, 512], -1):
             y_piece, state = layer(piece, state)

@@ -263,6 +263,7 @@ def nplr_kernel(Lambda: Tensor, B: Tensor, P: Tensor, C: Tensor, dt: Tensor, l: 
 def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """a^0, a^1, ..., a^(count - 1) on a new axis, (h, n) -> (h, count, n), by two digits of the exponent."""
     def first(a, count):
+        """a^0 ... a^(count - 1) by one product after another: (h, n) -> (h, count, n)."""
         p = [torch.ones_like(a)]
         while len(p) < count:
             p.append(p[-1] * a)
@@ -641,6 +642,7 @@ def demo(path: Optional[str] = None) -> None:
     u = torch.sin(2 * math.pi * torch.tensor([[2.0], [3.0], [5.0]]) * (t + t ** 2))[None]       # (1, 3, l)
 
     def chunks():
+        """The same sequence in four uneven pieces: (1, 3, l)."""
         y, state = [], layer.initial_state(1)
         for piece in u.split([100, 1, 411, 512], -1):
             y_piece, state = layer(piece, state)

@@ -141,6 +141,7 @@ class SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
+        """Save what backward needs; the third output is only for that."""
         ctx.mark_non_differentiable(outputs[2])
         ctx.save_for_backward(*inputs, outputs[2])
 
@@ -423,6 +424,7 @@ def demo(path: Optional[str] = None) -> None:
     u = torch.sin(2 * math.pi * torch.tensor([[2.0], [3.0], [5.0]]) * (t + t ** 2))[None]       # (1, 3, l)
 
     def chunks():
+        """The same sequence in four uneven pieces: (1, 3, l)."""
         y, state = [], layer.initial_state(1)
         for piece in u.split([100, 1, 411, 512], -1):
             y_piece, state = layer(piece, state)
