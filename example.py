@@ -12,7 +12,7 @@ place, see builtin_images. Recipe: AdamW with learning rate 0.01 and weight deca
 the recurrence (A, B, dt); cosine schedule; 10% of the images for validation; 200K parameters.
 Written to runs/<model>/, over an older run: metrics.csv and curves.png, every epoch; last.pt and best.pt (by
 validation accuracy), all it takes to go on; result.json, the test set scored once at the end with best.pt.
---model all adds comparison.txt and comparison.png. --resume and --eval take the recipe from the checkpoint.
+--model all (not under torchrun) adds comparison.txt and .png. --resume and --eval take the recipe from the checkpoint.
 """
 import argparse, ctypes, hashlib, importlib, io, itertools, json, math, os, subprocess, sys, tarfile, tempfile
 import time, urllib.request
@@ -26,8 +26,8 @@ MODELS = {"s4": ("s4", "S4", {"d_state": 32}, 4, False), "s4d": ("s4d", "S4D", {
           "lssl": ("lssl", "LSSL", {}, 4, False), "dss": ("dss", "DSS", {}, 4, False),
           "gss": ("gss", "GSS", {"expand": 1}, 4, True), "s5": ("s5", "S5", {}, 4, False),
           "lru": ("lru", "LRU", {"d_state": 32, "r_min": .99, "r_max": .9999, "max_phase": .314}, 4, False),
-          "selective_scan": ("selective_scan", "SelectiveSSM", {}, 4, False),
-          "mamba": ("selective_scan", "Mamba", {}, 2, True)}
+          "selective_scan": ("selective_scan", "SelectiveSSM", {"lr": 1e-3}, 4, False),
+          "mamba": ("selective_scan", "Mamba", {"lr": 1e-3}, 2, True)}
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"     # and its sha256:
 SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 FOLDER, TRAIN_FILES = "cifar-10-batches-bin", tuple(f"data_batch_{i}.bin" for i in range(1, 6))
@@ -329,7 +329,7 @@ def keep_freed_memory():
 def parse(argv):
     """The command line: arguments and parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for flag, choices in {"model": ["s4d", *MODELS, "all"], "data": ["auto", "cifar10", "builtin"],
+    for flag, choices in {"model": ["s4d", *MODELS] + ["all"] * (WORLD == 1), "data": ["auto", "cifar10", "builtin"],
                           "norm": ["layer", "batch"], "activation": ["glu", "gelu", "half_glu1", "half_glu2"],
                           "device": ["auto", "cpu", "cuda"]}.items():
         parser.add_argument(f"--{flag}", choices=choices, default=choices[0])

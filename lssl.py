@@ -170,10 +170,10 @@ def split_digits(powers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return powers[:len(powers) // 2 + 2], powers[len(powers) // 2 + 2:]      # T about 4 sqrt(l): measured
 
 
-def output_of_dense_state(C: Tensor, powers: list[Tensor], x: Tensor) -> Tensor:
-    """What the state x (b, h, n) adds to the next outputs: C A_bar^{k+1} x for C (h, m, n), (b, m, h, JT)."""
+def outputs(C: Tensor, powers: list[Tensor], x: Tensor) -> Tensor:
+    """C A_bar^k x for the states x (b, h, n), C (h, m, n) and k < JT, by two digits of k: (b, m, h, JT)."""
     low, high = split_digits(powers)
-    rows = krylov(low, C @ powers[0])                                        # C A_bar^{i+1}: (h, T m, n)
+    rows = krylov(low, C)                                                    # C A_bar^i: (h, T m, n)
     x = krylov([power.mT for power in high], x.transpose(0, 1))              # A_bar^{jT} x: (h, J b, n)
     y = (x @ rows.mT).unflatten(2, (-1, C.shape[1])).unflatten(1, (2 ** len(high), -1))    # (h, J, b, T, m)
     return y.permute(2, 4, 0, 1, 3).flatten(-2)
@@ -191,22 +191,12 @@ def dense_state_of_input(B_bar: Tensor, powers: list[Tensor], u: Tensor) -> Tens
     return x[:, 0].transpose(0, 1)
 
 
-def advance(powers: list[Tensor], x: Tensor, l: int) -> Tensor:
-    """A_bar^l x for x (b, h, n): the largest square first, as often as it fits."""
+def advance(powers: list[Tensor], x: Tensor, k: int) -> Tensor:
+    """A_bar^k x for x (b, h, n), by the binary digits of k."""
     x = x.transpose(0, 1)
-    for digit in reversed(range(len(powers))):
-        for _ in range(l >> digit):
-            x = x @ powers[digit].mT
-        l %= 2 ** digit
+    for digit, power in enumerate(powers):
+        x = x @ power.mT if k >> digit & 1 else x
     return x.transpose(0, 1)
-
-
-def krylov_kernel(C: Tensor, B_bar: Tensor, powers: list[Tensor]) -> Tensor:
-    """The kernel (3) from the two digits of k: C (h, m, n), B_bar (h, n) -> (m, h, JT)."""
-    low, high = split_digits(powers)
-    rows = krylov(low, C)                                                    # C A_bar^i: (h, T m, n)
-    columns = krylov([power.mT for power in high], B_bar[:, None])           # A_bar^{jT} B_bar: (h, J, n)
-    return (columns @ rows.mT).unflatten(2, (-1, C.shape[1])).permute(3, 0, 1, 2).flatten(2)
 
 
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
@@ -284,7 +274,7 @@ class LSSL(nn.Module):
         check_number("l", l, int)
         d = self._discretize(rate)
         with torch.autocast("cuda" if self.D.is_cuda else "cpu", enabled=False):
-            K = krylov_kernel(d.C.transpose(0, 1), d.B_bar, squares(d.A_bar, l))
+            K = outputs(d.C.transpose(0, 1), squares(d.A_bar, l), d.B_bar[None])[0]
         return K.flatten(0, 1)[:, :l].to(self.dtype)
 
     def initial_state(self, batch_size: int) -> Tensor:
@@ -339,15 +329,16 @@ class LSSL(nn.Module):
         """The convolution (3). A state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the final state."""
         d, l = self._discretize(rate), u.shape[-1]
         powers, C = squares(d.A_bar, l), d.C.transpose(0, 1)
-        K = krylov_kernel(C, d.B_bar, powers)[..., :l].to(u.dtype)
+        K = outputs(C, powers, d.B_bar[None])[0, ..., :l].to(u.dtype)        # the output of the state B_bar
         K = torch.cat([K[..., :1] + self.D[..., None], K[..., 1:]], -1)      # D u: an impulse at k = 0
         y = fft_conv(u[:, None], K)                                          # (b, m, h, l)
         if state is None:
             return y.flatten(1, 2), None
         powers = [power.to(u.dtype) for power in powers]
         B_bar, C, x = d.B_bar.to(u.dtype), C.to(u.dtype), state.to(u.dtype)
-        y = y + output_of_dense_state(C, powers, x)[..., :l]
-        return y.flatten(1, 2), advance(powers, x, l) + dense_state_of_input(B_bar, powers, u)
+        x = advance(powers, x, 1)
+        y = y + outputs(C, powers, x)[..., :l]
+        return y.flatten(1, 2), advance(powers, x, l - 1) + dense_state_of_input(B_bar, powers, u)
 
 
 # ---- demo ----

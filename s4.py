@@ -154,27 +154,21 @@ def diagonal(measure: str, s: int, n: int) -> Tensor:
 
     diag-rand: -Re log-uniform in (1e-3, 1), Im uniform in (0, pi), per sample when dt = 1 (as in gss.py).
     """
-    half = torch.full((s, n // 2), 0.5, dtype=torch.float64)
     i = torch.arange(n // 2, dtype=torch.float64).expand(s, -1)
-    if measure == "diag-real":
-        return torch.complex(-1 - i, 0 * i)
-    if measure == "diag-rand":
-        real, imag = torch.rand(2, s, n // 2, dtype=torch.float64)
-        return torch.complex(-torch.exp(math.log(1e-3) * real), math.pi * imag)
-    imag = {"diag-lin": lambda: math.pi * i,
-            "diag-inv": lambda: n / math.pi * (n / (2 * i + 1) - 1),
-            "diag-quad": lambda: (2 * i + 1) ** 2 / math.pi,
-            "diag-legs": lambda: nplr("legs", n)[0].imag.flip(0).expand(s, -1)}[measure]()
-    return torch.complex(-half, imag)
+    half, random = torch.full_like(i, 0.5), torch.rand(2, s, n // 2, dtype=torch.float64)
+    real, imag = {"diag-lin": (half, math.pi * i),
+                  "diag-inv": (half, n / math.pi * (n / (2 * i + 1) - 1)),
+                  "diag-quad": (half, (2 * i + 1) ** 2 / math.pi),
+                  "diag-real": (1 + i, 0 * i),
+                  "diag-legs": (half, nplr("legs", n)[0].imag.flip(0).expand(s, -1)),
+                  "diag-rand": (1e-3 ** random[0], math.pi * random[1])}[measure]
+    return torch.complex(-real, imag)
 
 
-MEASURES = {   # several measures stand side by side, on alternating features
-    "nplr": {"legs": ["legs"], "legt": ["legt"], "fout": ["fout"], "hippo": ["legs", "fout"]},
-    "diag": {"diag-lin": ["diag-lin"], "diag-inv": ["diag-inv"], "diag-quad": ["diag-quad"],
-             "diag-real": ["diag-real"], "diag-legs": ["diag-legs"], "diag-rand": ["diag-rand"],
-             "diag": ["diag-inv", "diag-lin"]},
-}
-
+MEASURES = {"nplr": ("legs", "legt", "fout", "hippo"),
+            "diag": ("diag-lin", "diag-inv", "diag-quad", "diag-real", "diag-legs", "diag-rand", "diag")}
+MIXED = {"hippo": ("legs", "fout"), "diag": ("diag-inv", "diag-lin")}        # on alternating features
+DISCS = {"nplr": ("bilinear",), "diag": ("zoh", "bilinear", "dss")}
 REAL_TYPES = {   # -Re A as a function of the parameter, and the inverse; "none" does not keep it positive
     "exp": (torch.exp, torch.log),
     "relu": (lambda raw: raw.relu() + 1e-4, lambda value: (value - 1e-4).clamp(min=1e-4)),
@@ -203,18 +197,14 @@ def discretize_bilinear(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tenso
     return (1 + dt * A / 2) / (1 - dt * A / 2), dt * B / (1 - dt * A / 2)
 
 
-def discretize_dss(Lambda: Tensor, W: Tensor, dt: Tensor, rate: float, l_max: int) -> tuple[Tensor, Tensor]:
+def discretize_softmax(Lambda: Tensor, W: Tensor, dt: Tensor, rate: float,
+                       l_max: int) -> tuple[Tensor, Tensor]:
     """B_bar and C of DSS-softmax: C B_bar = W (e^{rate z} - 1) / (Lambda (e^{l_max z} - 1)), z = dt Lambda.
 
-    Zero-order hold of B = 1, and the normalizer in C. 1/x is conj(x) / (|x|^2 + 1e-7), finite at 0. If
-    Re z > 0, the quotient is taken with e^{-l_max z} above and below, and B_bar and C share the one above.
+    Zero-order hold of B = 1, and the normalizer in C. 1/x is conj(x) / (|x|^2 + 1e-7), finite at 0.
     """
-    growing = (dt * Lambda).real > 0
-    sign = torch.where(growing, -1.0, 1.0)
-    x = (torch.exp(sign * l_max * dt * Lambda) - 1) * Lambda
-    share = torch.exp(-l_max / 2 * dt * torch.where(growing, Lambda, 0))
-    C = sign * W * Lambda * x.conj() / (x.real ** 2 + x.imag ** 2 + 1e-7)
-    return rate * dt * phi(rate * dt * Lambda) * share, C * share
+    x = (torch.exp(l_max * dt * Lambda) - 1) * Lambda
+    return rate * dt * phi(rate * dt * Lambda), W * Lambda * x.conj() / (x.real ** 2 + x.imag ** 2 + 1e-7)
 
 
 class Discrete(NamedTuple):
@@ -260,26 +250,17 @@ def nplr_kernel(Lambda: Tensor, B: Tensor, P: Tensor, C: Tensor, dt: Tensor, l: 
     return K.transpose(0, 1) * radius ** -torch.arange(l, dtype=torch.float64, device=dt.device)
 
 
-def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """a^0, a^1, ..., a^(count - 1) on a new axis, (h, n) -> (h, count, n), by two digits of the exponent."""
-    def first(a, count):
-        """a^0 ... a^(count - 1) by one product after another: (h, n) -> (h, count, n)."""
-        p = [torch.ones_like(a)]
-        while len(p) < count:
-            p.append(p[-1] * a)
-        return torch.stack(p, 1).to(dtype)
-
-    r = math.isqrt(count - 1) + 1
-    low, high = first(a, r), first(a ** r, -(-count // r))
-    return (high[:, :, None] * low[:, None]).flatten(1, 2)[:, :count]
-
-
 def diagonal_kernel(A_bar: Tensor, CB: Tensor, l: int, dtype: torch.dtype) -> Tensor:
-    """Re sum_n CB_n A_bar_n^k by two digits of k (see s4d.py): (h, n), (m, h, n) -> (m, h, l)."""
-    T = math.isqrt(l - 1) + 1
-    low = powers(A_bar, T, COMPLEX[dtype])
-    high = CB[:, :, None] * powers(A_bar ** T, -(-l // T), A_bar.dtype)      # (m, h, J, n)
-    return (high.to(low.dtype) @ low.mT).real.flatten(2)[..., :l]
+    """Re sum_n CB_n A_bar_n^k by two digits of k = jT + i (see s4d.py): (h, n), (m, h, n) -> (m, h, l)."""
+    low, high, power = torch.ones_like(A_bar)[:, None], CB[:, :, None], A_bar[:, None]
+    digits = (l - 1).bit_length()
+    for digit in range(digits):              # power is A_bar^(2^digit)
+        if 2 * digit < digits:
+            low = torch.cat([low, low * power], 1)                           # A_bar^i, i < T: (h, T, n)
+        else:
+            high = torch.cat([high, high * power], 2)                        # CB A_bar^{jT}: (m, h, J, n)
+        power = power * power
+    return (high.to(COMPLEX[dtype]) @ low.to(COMPLEX[dtype]).mT).real.flatten(2)[..., :l]
 
 
 # ---- powers of a dense matrix, by squaring ----
@@ -304,10 +285,10 @@ def split_digits(powers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return powers[:len(powers) // 2 + 2], powers[len(powers) // 2 + 2:]      # T about 4 sqrt(l): measured
 
 
-def output_of_dense_state(C: Tensor, powers: list[Tensor], x: Tensor) -> Tensor:
-    """What the state x (b, h, n) adds to the next outputs: C A_bar^{k+1} x for C (h, m, n), (b, m, h, JT)."""
+def outputs(C: Tensor, powers: list[Tensor], x: Tensor) -> Tensor:
+    """C A_bar^k x for the states x (b, h, n), C (h, m, n) and k < JT, by two digits of k: (b, m, h, JT)."""
     low, high = split_digits(powers)
-    rows = krylov(low, C @ powers[0])                                        # C A_bar^{i+1}: (h, T m, n)
+    rows = krylov(low, C)                                                    # C A_bar^i: (h, T m, n)
     x = krylov([power.mT for power in high], x.transpose(0, 1))              # A_bar^{jT} x: (h, J b, n)
     y = (x @ rows.mT).unflatten(2, (-1, C.shape[1])).unflatten(1, (2 ** len(high), -1))    # (h, J, b, T, m)
     return y.permute(2, 4, 0, 1, 3).flatten(-2)
@@ -325,22 +306,12 @@ def dense_state_of_input(B_bar: Tensor, powers: list[Tensor], u: Tensor) -> Tens
     return x[:, 0].transpose(0, 1)
 
 
-def advance(powers: list[Tensor], x: Tensor, l: int) -> Tensor:
-    """A_bar^l x for x (b, h, n): the largest square first, as often as it fits."""
+def advance(powers: list[Tensor], x: Tensor, k: int) -> Tensor:
+    """A_bar^k x for x (b, h, n), by the binary digits of k."""
     x = x.transpose(0, 1)
-    for digit in reversed(range(len(powers))):
-        for _ in range(l >> digit):
-            x = x @ powers[digit].mT
-        l %= 2 ** digit
+    for digit, power in enumerate(powers):
+        x = x @ power.mT if k >> digit & 1 else x
     return x.transpose(0, 1)
-
-
-def krylov_kernel(C: Tensor, B_bar: Tensor, powers: list[Tensor]) -> Tensor:
-    """The kernel (3) from the two digits of k: C (h, m, n), B_bar (h, n) -> (m, h, JT)."""
-    low, high = split_digits(powers)
-    rows = krylov(low, C)                                                    # C A_bar^i: (h, T m, n)
-    columns = krylov([power.mT for power in high], B_bar[:, None])           # A_bar^{jT} B_bar: (h, J, n)
-    return (columns @ rows.mT).unflatten(2, (-1, C.shape[1])).permute(3, 0, 1, 2).flatten(2)
 
 
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
@@ -356,9 +327,14 @@ def fft_conv(u: Tensor, K: Tensor) -> Tensor:
 
 # ---- the layer ----
 
+def stack(x: Tensor) -> Tensor:
+    """A complex vector as a real one: [Re x; Im x], (.., n/2) -> (.., n)."""
+    return torch.cat([x.real, x.imag], -1)
+
+
 def real_form(Lambda: Tensor, P: Tensor) -> Tensor:
-    """A as a real matrix acting on [Re x; Im x]: Lambda (h, n/2), P (r, h, n/2) -> (h, n, n)."""
-    a, b, p = torch.diag_embed(Lambda.real), torch.diag_embed(Lambda.imag), torch.cat([P.real, P.imag], -1)
+    """Lambda - P P* as a real matrix acting on [Re x; Im x]: (h, n/2), (r, h, n/2) -> (h, n, n)."""
+    a, b, p = torch.diag_embed(Lambda.real), torch.diag_embed(Lambda.imag), stack(P)
     rotation = torch.cat([torch.cat([a, -b], -1), torch.cat([b, a], -1)], -2)
     return rotation - 2 * torch.einsum("rhi,rhj->hij", p, p)
 
@@ -385,7 +361,7 @@ class S4(nn.Module):
     bidirectional: add sum_{j >= 1} K'_{j-1} u_{k+j} with a second C; no state and no step then
     gate, bottleneck: y = W_o((W_y SSM(GELU(W_u u))) * GELU(W_v u)), the SSM on h / bottleneck features, the
         gate with h gate features (see gss.py); each can be used without the other
-    l_max: the length over which disc "dss" normalizes
+    l_max: the length over which disc "dss" normalizes; sequences may be longer
     dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time of A
     lr: learning rates of dt, A (with P) and B for the optimizer, recorded in `ssm_lr` (see learning_rates)
     Raises ValueError for any other value.
@@ -397,37 +373,29 @@ class S4(nn.Module):
                  gate: Optional[int] = None, bottleneck: Optional[int] = None, l_max: Optional[int] = None,
                  dt_min: float = 1e-3, dt_max: float = 1e-1, lr=1e-3):
         super().__init__()
-        check_number("d_model", d_model, int)
-        check_number("d_state", d_state, int, even=True)
-        check_number("channels", channels, int)
+        sizes = {"d_model": d_model, "d_state": d_state, "channels": channels}
+        options = {"rank": rank, "n_ssm": n_ssm, "gate": gate, "bottleneck": bottleneck, "l_max": l_max}
+        for name, value in (sizes | {name: v for name, v in options.items() if v is not None}).items():
+            check_number(name, value, int, even=name == "d_state")
         check_number("dt_min", dt_min)
         check_number("dt_max", dt_max)
         require(dt_min <= dt_max, "dt_max", dt_max, f"pass at least dt_min = {dt_min}")
-        optional = {"rank": rank, "n_ssm": n_ssm, "gate": gate, "bottleneck": bottleneck, "l_max": l_max}
-        for name, value in optional.items():
-            if value is not None:
-                check_number(name, value, int)
         require(mode in tuple(MEASURES), "mode", mode, "choose nplr or diag")
         measure = "diag-legs" if (mode, measure) == ("diag", "legs") else measure
-        ok = measure in tuple(MEASURES[mode])
-        require(ok, "measure", measure, f"choose one of {', '.join(MEASURES[mode])}")
-        discs = ("bilinear",) if mode == "nplr" else ("zoh", "bilinear", "dss")
-        disc = discs[0] if disc is None else disc
-        require(disc in discs, "disc", disc, f"choose one of {', '.join(discs)} in mode {mode}")
-        ok = real_type in tuple(REAL_TYPES)
-        require(ok, "real_type", real_type, f"choose one of {', '.join(REAL_TYPES)}")
-        ok = disc != "dss" or l_max is not None
-        require(ok, "l_max", l_max, "disc dss needs the length that it normalizes over")
-        ok = disc != "dss" or real_type != "none"
-        require(ok, "real_type", real_type, "disc dss is here for Re Lambda < 0 (dss.py has both signs)")
-        require(isinstance(bidirectional, bool), "bidirectional", bidirectional, "pass True or False")
+        disc = DISCS[mode][0] if disc is None else disc
+        for name, value, known in (("measure", measure, MEASURES[mode]), ("disc", disc, DISCS[mode]),
+                                   ("real_type", real_type, tuple(REAL_TYPES)),
+                                   ("bidirectional", bidirectional, (True, False))):
+            ok = type(value) is type(known[0]) and value in known
+            require(ok, name, value, f"choose one of {', '.join(map(str, known))}")
+        if disc == "dss":
+            require(l_max is not None, "l_max", l_max, "disc dss needs the length that it normalizes over")
+            require(real_type != "none", "real_type", real_type, "disc dss needs Re Lambda < 0, see dss.py")
         ok = d_model % (bottleneck or 1) == 0
         require(ok, "bottleneck", bottleneck, f"pass a divisor of d_model = {d_model}")
         h, n, m = d_model // (bottleneck or 1), d_state, channels * (1 + bidirectional)
-        names = MEASURES[mode][measure]
-        ok = h % len(names) == 0
-        require(ok, "measure", measure, f"pass a multiple of {len(names)} features for it, not {h}")
-        s = h if n_ssm is None else n_ssm
+        names, s = MIXED.get(measure, (measure,)), h if n_ssm is None else n_ssm
+        require(h % len(names) == 0, "measure", measure, f"pass a multiple of {len(names)} features, not {h}")
         ok = h % s == 0 and s % len(names) == 0
         require(ok, "n_ssm", n_ssm, f"pass a divisor of {h} that is a multiple of {len(names)}")
         self.d_model, self.h, self.d_state, self.channels, self.l_max = d_model, h, n, channels, l_max
@@ -471,28 +439,27 @@ class S4(nn.Module):
         """The real dtype of the computation: that of the parameters, float32 at least."""
         return torch.promote_types(self.D.dtype, torch.float32)
 
-    def _parameters64(self, rate: float) -> tuple[Tensor, ...]:
+    def _continuous(self, rate: float) -> tuple[Tensor, ...]:
         """Lambda, B (h, n/2), P (r, h, n/2), C (m, h, n/2) complex and dt (h), in double precision."""
         check_number("rate", rate)
-        B, C = torch.view_as_complex(self.B.double()), torch.view_as_complex(self.C.double())
-        P = None if self.P is None else torch.view_as_complex(self.P.double())
+        P = self.B[None][:0] if self.P is None else self.P                   # rank 0 in mode "diag"
+        B, P, C = (torch.view_as_complex(parameter.double()) for parameter in (self.B, P, self.C))
         Lambda = torch.complex(-REAL_TYPES[self.real_type][0](self.log_A_real.double()), self.A_imag.double())
         copies = self.h // len(Lambda)
-        P = None if P is None else P.repeat(1, copies, 1)
-        return Lambda.repeat(copies, 1), B.repeat(copies, 1), P, C, rate * self.log_dt.double().exp()
+        Lambda, B, P = Lambda.repeat(copies, 1), B.repeat(copies, 1), P.repeat(1, copies, 1)
+        return Lambda, B, P, C, rate * self.log_dt.double().exp()
 
     def _discretize(self, rate: float) -> Discrete:
         """discretize() in double precision, for the powers of A_bar."""
-        Lambda, B, P, C, dt = self._parameters64(rate)
-        if self.mode == "nplr":
-            A, identity = real_form(Lambda, P), torch.eye(self.d_state, dtype=dt.dtype, device=dt.device)
-            half = dt[:, None, None] / 2 * A
-            B = dt[:, None] * torch.cat([B.real, B.imag], -1)
-            solved = torch.linalg.solve(identity - half, torch.cat([identity + half, B[..., None]], -1))
-            return Discrete(solved[..., :-1], solved[..., -1], 2 * torch.cat([C.real, -C.imag], -1))
+        Lambda, B, P, C, dt = self._continuous(rate)
         dt = dt[:, None]
+        if self.mode == "nplr":
+            half, identity = dt[..., None] / 2 * real_form(Lambda, P), torch.eye(self.d_state).to(dt)
+            right = torch.cat([identity + half, (dt * stack(B))[..., None]], -1)
+            solved = torch.linalg.solve(identity - half, right)
+            return Discrete(solved[..., :-1], solved[..., -1], 2 * stack(C.conj()))
         if self.disc == "dss":     # dss.py derives it; no factor 2, because DSS has single states, not pairs
-            B_bar, C = discretize_dss(Lambda, B * C, dt / rate, rate, self.l_max)
+            B_bar, C = discretize_softmax(Lambda, B * C, dt / rate, rate, self.l_max)
             return Discrete(torch.exp(dt * Lambda), B_bar, C)
         discretize = discretize_zoh if self.disc == "zoh" else discretize_bilinear
         return Discrete(*discretize(Lambda, B, dt), 2 * C)
@@ -504,28 +471,19 @@ class S4(nn.Module):
         return Discrete(*(matrix.to(COMPLEX[self.dtype] if matrix.is_complex() else self.dtype)
                           for matrix in matrices))
 
-    def check_length(self, l: int, rate: float) -> None:
-        """disc dss is defined for at most l_max steps at rate 1."""
-        check_number("rate", rate)
-        ok = self.disc != "dss" or l * rate <= self.l_max * (1 + 1e-9)       # rate may have been rounded
-        require(ok, "l", l, f"disc dss is for l rate <= l_max = {self.l_max}: raise l_max")
-
-    def _kernels(self, l: int, rate: float) -> Tensor:
-        """K of all channels, forward and then backward in time: (m, h, l)."""
-        if self.mode == "nplr":
-            return nplr_kernel(*self._parameters64(rate), l, self.dtype == torch.float64).to(self.dtype)
-        d = self._discretize(rate)
-        return diagonal_kernel(d.A_bar, d.C * d.B_bar, l, self.dtype)
-
     def kernel(self, l: int, rate: float = 1.0) -> Tensor:
         """The impulse response K_0 ... K_{l-1} of (1), without D: (m h, l); of the SSM alone, without gating.
 
         Bidirectional: (2 m h, l), the kernels for the past before those for the future.
         """
         check_number("l", l, int)
-        self.check_length(l, rate)
         with torch.autocast("cuda" if self.D.is_cuda else "cpu", enabled=False):
-            return self._kernels(l, rate).flatten(0, 1)
+            if self.mode == "nplr":
+                K = nplr_kernel(*self._continuous(rate), l, self.dtype == torch.float64)
+            else:
+                d = self._discretize(rate)
+                K = diagonal_kernel(d.A_bar, d.C * d.B_bar, l, self.dtype)
+        return K.to(self.dtype).flatten(0, 1)
 
     def check_causal(self) -> None:
         """A bidirectional layer reads the whole sequence, so that it has no state."""
@@ -535,18 +493,14 @@ class S4(nn.Module):
         """x_{-1} = 0: (b, h, n) real, or in mode "diag" (b, h, n/2) complex; h / bottleneck features."""
         self.check_causal()
         check_number("batch_size", batch_size, int)
-        if self.mode == "nplr":
-            return torch.zeros(batch_size, self.h, self.d_state, dtype=self.dtype, device=self.D.device)
-        shape = batch_size, self.h, self.d_state // 2
-        return torch.zeros(shape, dtype=COMPLEX[self.dtype], device=self.D.device)
+        x = torch.zeros(batch_size, self.h, self.d_state, dtype=self.dtype, device=self.D.device)
+        return x if self.mode == "nplr" else torch.complex(*x.chunk(2, -1))
 
     def check_state(self, state: Tensor, b: int) -> None:
         """state must have the shape and kind of initial_state(b)."""
         self.check_causal()
-        if self.mode == "nplr":
-            check_tensor("state", state, (b, self.h, self.d_state))
-        else:
-            check_tensor("state", state, (b, self.h, self.d_state // 2), "complex")
+        n, kind = (self.d_state, "floating_point") if self.mode == "nplr" else (self.d_state // 2, "complex")
+        check_tensor("state", state, (b, self.h, n), kind)
 
     def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0,
              discrete: Optional[Discrete] = None) -> tuple[Tensor, Tensor]:
@@ -562,13 +516,10 @@ class S4(nn.Module):
 
     def _step(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
         """The recurrence (1) as it stands: u (b, h, 1) -> y (b, m h, 1), x."""
-        if self.mode == "nplr":
-            x = torch.einsum("hij,bhj->bhi", d.A_bar, x.to(d.A_bar.dtype)) + d.B_bar * u
-            y = torch.einsum("mhn,bhn->bmh", d.C, x)
-        else:
-            x = d.A_bar * x.to(d.A_bar.dtype) + d.B_bar * u
-            y = torch.einsum("mhn,bhn->bmh", d.C, x).real
-        return (y + self.D * u[:, None, :, 0]).flatten(1)[..., None], x.to(d.A_bar.dtype)
+        x = x.to(d.A_bar.dtype)
+        x = d.B_bar * u + (d.A_bar * x if self.mode == "diag" else torch.einsum("hij,bhj->bhi", d.A_bar, x))
+        y = torch.einsum("mhn,bhn->bmh", d.C, x).real + self.D * u[:, None, :, 0]
+        return y.flatten(1)[..., None], x.to(d.A_bar.dtype)
 
     def forward(self, u: Tensor, state: Optional[Tensor] = None, *, rate: float = 1.0,
                 method: str = "conv") -> tuple[Tensor, Optional[Tensor]]:
@@ -579,7 +530,6 @@ class S4(nn.Module):
         """
         check_tensor("u", u, ("b", self.d_model, "l"))
         require(method in ("conv", "step"), "method", method, "choose conv or step")
-        self.check_length(u.shape[-1], rate)
         if state is not None:
             self.check_state(state, u.shape[0])
         run = self._conv if method == "conv" else self._steps
@@ -608,17 +558,17 @@ class S4(nn.Module):
         """The convolution with K. A state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the final state."""
         l, m = u.shape[-1], self.channels
         if state is None:
-            K = self._kernels(l, rate)
+            K = self.kernel(l, rate).unflatten(0, (-1, self.h))
         else:
             d, x = self._discretize(rate), state
             if self.mode == "diag":    # as a real system: one code serves both (s4d.py has a faster one)
-                A_bar, B_bar = real_form(d.A_bar, d.A_bar[None][:0]), d.B_bar
-                B_bar = torch.cat([B_bar.real, B_bar.imag], -1)
-                d = Discrete(A_bar, B_bar, torch.cat([d.C.real, -d.C.imag], -1))
-                x = torch.cat([x.real, x.imag], -1)
-            A_powers = [power.to(self.dtype) for power in squares(d.A_bar, l)]
+                A_bar = real_form(d.A_bar, d.A_bar[None][:0])
+                d, x = Discrete(A_bar, stack(d.B_bar), stack(d.C.conj())), stack(x)
+            powers = [power.to(self.dtype) for power in squares(d.A_bar, l)]
             B_bar, C, x = d.B_bar.to(self.dtype), d.C.transpose(0, 1).to(self.dtype), x.to(self.dtype)
-            K = krylov_kernel(C, B_bar, A_powers)[..., :l]                   # the powers are there already
+            x = advance(powers, x, 1)
+            y = outputs(C, powers, torch.cat([B_bar[None], x]))              # (1 + b, m, h, JT)
+            K, y_state = y[0, ..., :l], y[1:, ..., :l]                       # K: output of the state B_bar
         past = torch.cat([K[:m, :, :1] + self.D[..., None], K[:m, :, 1:]], -1)   # D u: an impulse at k = 0
         y = fft_conv(u[:, None], past)                                       # (b, m, h, l)
         if self.bidirectional:
@@ -626,9 +576,9 @@ class S4(nn.Module):
             y = y + nn.functional.pad(future[..., 1:], (0, 1))               # ... one step later
         if state is None:
             return y.flatten(1, 2), None
-        y = y + output_of_dense_state(C, A_powers, x)[..., :l]
-        last = advance(A_powers, x, l) + dense_state_of_input(B_bar, A_powers, u)
-        return y.flatten(1, 2), last if self.mode == "nplr" else torch.complex(*last.chunk(2, -1))
+        last = advance(powers, x, l - 1) + dense_state_of_input(B_bar, powers, u)
+        last = last if self.mode == "nplr" else torch.complex(*last.chunk(2, -1))
+        return (y + y_state).flatten(1, 2), last
 
 
 # ---- demo ----
