@@ -12,7 +12,7 @@ place, see builtin_images. Recipe: AdamW with learning rate 0.01 and weight deca
 the recurrence (A, B, dt); cosine schedule; 10% of the images for validation; 200K parameters.
 Written to runs/<model>/, over an older run: metrics.csv and curves.png, every epoch; last.pt and best.pt (by
 validation accuracy), all it takes to go on; result.json, the test set scored once at the end with best.pt.
---model all (not under torchrun) adds comparison.txt and .png. --resume and --eval take the recipe from the checkpoint.
+--model all adds comparison.txt and .png. --resume and --eval take the recipe from the checkpoint.
 """
 import argparse, ctypes, hashlib, importlib, io, itertools, json, math, os, subprocess, sys, tarfile, tempfile
 import time, urllib.request
@@ -329,9 +329,9 @@ def keep_freed_memory():
 def parse(argv):
     """The command line: arguments and parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for flag, choices in {"model": ["s4d", *MODELS] + ["all"] * (WORLD == 1), "data": ["auto", "cifar10", "builtin"],
-                          "norm": ["layer", "batch"], "activation": ["glu", "gelu", "half_glu1", "half_glu2"],
-                          "device": ["auto", "cpu", "cuda"]}.items():
+    for flag, choices in {"model": ["s4d", *MODELS, *["all"][WORLD - 1:]], "norm": ["layer", "batch"],
+                          "data": ["auto", "cifar10", "builtin"], "device": ["auto", "cpu", "cuda"],
+                          "activation": ["glu", "gelu", "half_glu1", "half_glu2"]}.items():
         parser.add_argument(f"--{flag}", choices=choices, default=choices[0])
     for flag in ("grayscale", "prenorm", "amp", "resume"):
         parser.add_argument(f"--{flag}", action="store_true")

@@ -354,6 +354,23 @@ def test_amp_trains_and_resume_without_a_checkpoint_starts(tmp_path):
     assert checkpoint["args"]["amp"] is True and len(checkpoint["history"]) == 1
 
 
+def test_all_models_are_compared(tmp_path):
+    for name in ("example.py", "s4d.py", "lru.py"):          # it takes those whose files are there
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    output = finish(start(tmp_path / "runs", "--epochs", "1", "--model", "all",
+                          command=(sys.executable, str(tmp_path / "example.py"))))
+    columns, *rows = [line.split() for line in (tmp_path / "runs" / "comparison.txt").read_text().splitlines()]
+    assert [row[0] for row in rows] == ["s4d", "lru"] and "peak_memory_MB" in columns
+    for row in (dict(zip(columns, row)) for row in rows):
+        result = json.loads((tmp_path / "runs" / row["model"] / "result.json").read_text())
+        assert int(row["parameters"]) == result["parameters"] > 0 and float(row["step_ms"]) > 0
+        assert float(row["test_accuracy"]) == pytest.approx(result["test_accuracy"], rel=1e-3)
+        assert 50 < float(row["peak_memory_MB"]) < 1e5 and row["model"] in output
+    assert (tmp_path / "runs" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    several = start(tmp_path / "runs", "--model", "all", WORLD_SIZE="2", RANK="0")
+    assert "invalid choice: 'all'" in several.communicate(timeout=60)[0] and several.returncode != 0
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--epochs", "2.5"], "--epochs"), (["--epochs", "0"], "--epochs"), (["--seed", "x"], "--seed"),
     (["--batch-size", "-1"], "--batch-size"), (["--limit", "2"], "--limit"), (["--lr", "-1"], "--lr"),
