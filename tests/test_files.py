@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from layers import ROOT
+from mutations import MUTATIONS
 
 NAN, INF = float("nan"), float("inf")
 SIZES = {"d_model": [0, -1, 1.5, "4", None, True], "d_state": [0, -2, 3, 4.0, None]}
@@ -97,3 +98,9 @@ def test_shared_code_is_the_same_to_the_letter():
             found.setdefault(name, {}).setdefault(body.rstrip(), []).append(module)
     assert not {name: list(texts.values()) for name, texts in found.items() if len(texts) > 1 and name != "demo"}
     assert len(found["require"].popitem()[1]) == len(MODELS)
+
+
+def test_mutations_are_up_to_date():
+    """Each line that mutations.py breaks stands exactly once in its file."""
+    for file, what, text, broken, _ in MUTATIONS:
+        assert (ROOT / f"{file}.py").read_text().count(text) == 1 and broken != text, (file, what)

@@ -1,0 +1,101 @@
+"""Break one key line at a time and show that a test fails: python tests/mutations.py [word in the row ...]
+
+Works on a copy in a temporary directory; about ten minutes on one core for all. A mutation that survives is a
+hole in the tests, and the exit status is then 1. test_files.py checks that every line is still there.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# file, what is broken, the text, what replaces it, the tests that must notice
+MUTATIONS = [
+    ("s4d", "the factor 2 of the pairs", "2 * torch.view_as_complex(self.C.double())",
+     "torch.view_as_complex(self.C.double())", "tests/test_golden.py -k s4d"),
+    ("s4d", "rate", "dt = rate * self.log_dt", "dt = self.log_dt", "tests/test_modes.py -k s4d"),
+    ("s4d", "conjugate", "as_real(low, dtype, conj=True).mT", "as_real(low, dtype).mT", "tests/test_s4d.py"),
+    ("s4d", "state one step late", "(high * (d.C * d.A_bar)[:, None])", "(high * d.C[:, None])",
+     "tests/test_modes.py -k s4d"),
+    ("s4d", "input into the state backwards", "as_real(low.flip(1), u.dtype)", "as_real(low, u.dtype)",
+     "tests/test_modes.py -k s4d"),
+    ("s4d", "the end of the FFT in its beginning", "((2 * l - 2) // odd)", "((l - 1) // odd)",
+     "tests/test_modes.py -k s4d"),
+    ("s4d", "Taylor series", "z / 3 * (1", "z / 2 * (1", "tests/test_s4d.py"),
+    ("s4d", "sign in the bilinear transform", "dt * B / (1 - dt * A / 2)", "dt * B / (1 + dt * A / 2)",
+     "tests/test_golden.py -k s4d"),
+    ("s4", "sign in the Woodbury identity", "- table[:, :-1, -1:] *", "+ table[:, :-1, -1:] *",
+     "tests/test_golden.py -k nplr"),
+    ("s4", "2/(1+z)", "irfft(2 / (1 + z) *", "irfft(2 / (1 - z) *", "tests/test_golden.py -k nplr"),
+    ("s4", "the circle", "radius ** -torch.arange", "radius ** torch.arange", "tests/test_s4.py -k kernel"),
+    ("s4", "conjugate of P", "torch.cat([C, P.conj()])", "torch.cat([C, P])", "tests/test_golden.py -k nplr"),
+    ("s4", "sign of Im C", "2 * stack(C.conj())", "2 * stack(C)", "tests/test_modes.py -k s4"),
+    ("s4", "rank-1 part", "rotation - 2 * torch.einsum", "rotation - torch.einsum", "tests/test_s4.py -k hippo"),
+    ("s4", "future one step early", "future[..., 1:], (0, 1)", "future, (0, 0)", "tests/test_s4.py -k direct"),
+    ("s4", "final state one step too far", "advance(powers, x, l - 1)", "advance(powers, x, l)",
+     "tests/test_modes.py -k s4"),
+    ("s4", "rate in disc dss", "return rate * dt * phi(rate *", "return dt * phi(", "tests/test_modes.py -k dss"),
+    ("lssl", "alpha", "(1 - alpha) * dtA", "alpha * dtA", "tests/test_modes.py -k lssl"),
+    ("lssl", "shift of the windows", "z = 1 - 2 * s if", "z = 2 * s - 1 if", "tests/test_lssl.py -k reconstruct"),
+    ("dss", "normalizer", "(torch.exp(sign * l_max * dt * Lambda) - 1)", "(torch.exp(sign * l_max * dt * Lambda))",
+     "tests/test_golden.py -k dss"),
+    ("gss", "gate", "* nn.functional.gelu(channel_map(self.input_gate", "* (channel_map(self.input_gate",
+     "tests/test_modes.py -k gss"),
+    ("s5", "gradient of A off by one", "            previous = x_i\n", "", "tests/test_s5.py -k gradient"),
+    ("s5", "starts of the blocks", "(a ** len(steps)).to", "(a ** (len(steps) - 1)).to", "tests/test_modes.py -k s5"),
+    ("s5", "gradient of the final state", "+= g_last.conj()", "+= g_last", "tests/test_s5.py -k gradient"),
+    ("lru", "rate in gamma", "* rate * phi(rate * log_lambda)", "* phi(log_lambda)", "tests/test_lru.py"),
+    ("lru", "direct path D", "grad_D, grad_u = (g * u).sum((0, 2)), g * D[:, None]",
+     "grad_D, grad_u = (g * u).sum((0, 2)), 0 * g", "tests/test_modes.py -k lru"),
+    ("selective_scan", "rate", "return rate * nn.functional.softplus", "return nn.functional.softplus",
+     "tests/test_modes.py -k selective"),
+    ("selective_scan", "decay before a block", "torch.addcmul(x[j], decay[j], last), last",
+     "x[j] + last, last", "tests/test_modes.py -k selective"),
+    ("selective_scan", "gradient of A", "total.addcmul_(slope, dt_i", "total.addcmul_(w, dt_i",
+     "tests/test_selective_scan.py"),
+    ("selective_scan", "inputs of the convolution", "v.shape[-1] - self.d_conv + 1:", "v.shape[-1] - self.d_conv:",
+     "tests/test_modes.py -k mamba"),
+    ("example", "random numbers on resume", "torch.set_rng_state(saved", "(saved", "tests/test_example.py -k resume"),
+    ("example", "share of a process", "* batch][RANK::WORLD]", "* batch][::WORLD]",
+     "tests/test_example.py -k processes"),
+    ("example", "dropout of a process", "self.training)[RANK::WORLD]", "self.training)[::WORLD]",
+     "tests/test_example.py -k processes"),
+    ("example", "decay of vectors", "weight_decay * (p.ndim > 1)", "weight_decay", "tests/test_example.py"),
+    ("example", "best checkpoint", 'max(history, key=lambda row: row["val', 'min(history, key=lambda row: row["val',
+     "tests/test_example.py -k everything"),
+    ("example", "mean over what was read", "count + x.shape[1]", "count + 1", "tests/test_example.py"),
+    ("example", "rate handed on", "layer(x, s, rate=rate", "layer(x, s, rate=1.0", "tests/test_example.py"),
+    ("example", "gate of the activation", "a * z.sigmoid()", "a * z.tanh()", "tests/test_example.py"),
+    ("example", "checkpoint written in place", 'torch.save(state, out / "part")', "torch.save(state, out / name)",
+     "tests/test_example.py"),
+]
+
+
+def main(words):
+    """Apply the mutations whose row contains every word, one at a time. Returns how many survived."""
+    survived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", ".pytest_cache"))
+        for file, what, text, broken, tests in MUTATIONS:
+            if not all(word in f"{file} {what}" for word in words):
+                continue
+            path, start = copy / f"{file}.py", time.time()
+            whole = path.read_text()
+            path.write_text(whole.replace(text, broken))
+            run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", *tests.split()], cwd=copy,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            path.write_text(whole)
+            noticed = run.returncode == 1 and "failed" in run.stdout
+            survived += not noticed
+            test = next((line for line in run.stdout.splitlines() if line.startswith("FAILED")), run.stdout[-200:])
+            print(f"{file:<15}{what:<38}{'noticed' if noticed else 'SURVIVED':<10}{time.time() - start:5.0f} s  "
+                  f"{test[7:90]}", flush=True)
+    return survived
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]) > 0)
