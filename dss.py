@@ -197,7 +197,7 @@ def state_of_input(d: Discrete, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
 
 
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
-    """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (b, h, l) with K (h, l).
+    """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (.., l) with K (.., l), broadcast.
 
     The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. It is
     fast for lengths 2^i, 3 2^i and 5 2^i.

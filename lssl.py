@@ -186,13 +186,13 @@ def dense_state_of_input(B_bar: Tensor, powers: list[Tensor], u: Tensor) -> Tens
     columns = krylov([power.mT for power in low], B_bar[:, None]).flip(1)    # A_bar^{T-1-i} B_bar: (h, T, n)
     u = nn.functional.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))     # zeros in front add nothing
     x = torch.einsum("bhji,hin->hjbn", u, columns)                           # each block of T by itself, ...
-    for power in high:                                                       # ... then neighbours in pairs
+    for power in high:                                                       # ... then pairs of blocks
         x = (x[:, ::2].flatten(1, 2) @ power.mT).unflatten(1, (-1, u.shape[0])) + x[:, 1::2]
     return x[:, 0].transpose(0, 1)
 
 
 def advance(powers: list[Tensor], x: Tensor, k: int) -> Tensor:
-    """A_bar^k x for x (b, h, n), by the binary digits of k."""
+    """A_bar^k x for x (b, h, n), by the binary digits of k < 2^len(powers)."""
     x = x.transpose(0, 1)
     for digit, power in enumerate(powers):
         x = x @ power.mT if k >> digit & 1 else x
@@ -200,7 +200,7 @@ def advance(powers: list[Tensor], x: Tensor, k: int) -> Tensor:
 
 
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
-    """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (b, h, l) with K (h, l).
+    """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (.., l) with K (.., l), broadcast.
 
     The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. It is
     fast for lengths 2^i, 3 2^i and 5 2^i.

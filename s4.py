@@ -20,6 +20,8 @@ that basis A is diagonal minus low rank, with conjugate pairs of which one half 
 
     A = V (Lambda - P P*) V*,     r = rank P = 1 or 2.                                                (2)
 
+From here on A, B, C and x are written in that basis.
+
 The kernel. Its generating function sums the geometric series of (1), with the bilinear transform
 
     K^(z) = sum_k K_k z^k = C (1 - z A_bar)^{-1} B_bar = 2/(1+z) C (s - A)^{-1} B,  s = 2/dt (1-z)/(1+z).  (3)
@@ -29,15 +31,15 @@ With R = (s - Lambda)^{-1}, which is diagonal, the Woodbury identity leaves only
     C (s - A)^{-1} B = C R B - C R P (1 + P* R P)^{-1} P* R B.
 
 Its factors are Cauchy sums sum_n v_n / (s - Lambda_n) with v = C B, C P, P* B or P* P. A conjugate pair adds
-2 (s Re v - Re(v Lambda*)) / (s^2 - 2 s Re Lambda + |Lambda|^2). The denominator is the same for all of them:
-one complex array (h, n/2, nodes).
+2 (s Re v - Re(v Lambda*)) / (s^2 - 2 s Re Lambda + |Lambda|^2). All sums share these denominators: one
+complex array (h, n/2, nodes).
 
 Differs from the paper: (3) is evaluated on a circle of radius q < 1, z_j = q exp(-2 pi i j / M), and
 
     K_k = q^{-k} irfft(K^(z_j))_k - q^M K_{k+M} - ...                                                 (4)
 
-drops the last terms. With M = l and q^M = 1e-8, that error and the rounding of double precision amplified by
-q^{-k} are both 1e-8 (float64 layers: M = 2l and 2e-11; Abate and Whitt 1992 invert generating functions so).
+drops the last terms. With M >= l and q^M = 1e-8, that error and the rounding of double precision amplified by
+q^{-k} are both 1e-8 (float64 layers: M >= 2l and 2e-11; Abate and Whitt 1992 invert generating functions so).
 The paper takes q = 1, where nothing decays: its parameter is C (1 - A_bar^l), tied to one length l and one
 rate, and the node z = -1 is a pole. Here C is C, and any length and rate just work.
 
@@ -47,12 +49,12 @@ Why bilinear? (3) needs only s - A. Zero-order hold would need the exponential o
 State and step use a real form: x = [Re; Im] of the kept half, p = [Re P; Im P], and the real n x n matrix
 A = [[Re Lambda, -Im Lambda], [Im Lambda, Re Lambda]] - 2 p p^T, y = 2 [Re C, -Im C] x.
 
-What is trained: log_dt, Lambda, P, B, C, D. By construction Re Lambda < 0, and A = Lambda - P P*, so A + A* <
-0 and every eigenvalue of A_bar has modulus < 1 (Goel, Gu, Donahue, Re, arXiv 2202.09729).
+What is trained: log_dt, Lambda, P, B, C, D. But for real_type "none", Re Lambda < 0 by construction, so that
+A + A* < 0 and every eigenvalue of A_bar has modulus < 1 (Goel, Gu, Donahue, Re, arXiv 2202.09729).
 
-Symbols: b batch, h features (d_model), n states (d_state; n/2 are stored), l length, m channels, r rank; s
-copies of (A, B), feature i using copy i mod s; u (b, h, l), y (b, m h, l); x (b, h, n) real, in mode "diag"
-(b, h, n/2) complex.
+Symbols: b batch, h features (d_model; with a bottleneck, those of the SSM), n states (d_state; n/2 are
+stored), l length, m channels (bidirectional: twice as many), r rank; u (b, h, l), y (b, m h, l); x (b, h, n)
+real, in mode "diag" (b, h, n/2) complex. Of c copies of (A, B), feature i uses copy i mod c.
 """
 
 import math
@@ -139,7 +141,7 @@ def nplr(measure: str, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     A, B, P = hippo(measure, n)
     normal = A + P.mT @ P
-    if measure == "fout":     # blocks of two; eigh would mix the eigenvectors of the double eigenvalue 0
+    if measure == "fout":     # blocks of two; for the double eigenvalue 0, eigh returns no conjugate pair
         imag = math.pi * torch.arange(n // 2, dtype=torch.float64)
         V = torch.complex(torch.eye(n).double()[:, ::2], -torch.eye(n).double()[:, 1::2]) / 2 ** 0.5
     else:
@@ -149,19 +151,18 @@ def nplr(measure: str, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return Lambda, P.to(V.dtype) @ V.conj(), V.mH @ B.to(V.dtype), V
 
 
-def diagonal(measure: str, s: int, n: int) -> Tensor:
-    """The initial Lambda of mode "diag" (arXiv 2206.11893, section 4), Im >= 0: (s, n/2) complex128.
+def diagonal(measure: str, copies: int, n: int) -> Tensor:
+    """The initial Lambda of mode "diag" (arXiv 2206.11893, section 4), Im >= 0: (copies, n/2) complex128.
 
-    diag-rand: -Re log-uniform in (1e-3, 1), Im uniform in (0, pi), per sample when dt = 1 (as in gss.py).
+    diag-rand: -Re log-uniform in (1e-3, 1), Im uniform in (0, pi), for dt_min = dt_max = 1 as in gss.py.
     """
-    i = torch.arange(n // 2, dtype=torch.float64).expand(s, -1)
-    half, random = torch.full_like(i, 0.5), torch.rand(2, s, n // 2, dtype=torch.float64)
-    real, imag = {"diag-lin": (half, math.pi * i),
-                  "diag-inv": (half, n / math.pi * (n / (2 * i + 1) - 1)),
-                  "diag-quad": (half, (2 * i + 1) ** 2 / math.pi),
-                  "diag-real": (1 + i, 0 * i),
-                  "diag-legs": (half, nplr("legs", n)[0].imag.flip(0).expand(s, -1)),
-                  "diag-rand": (1e-3 ** random[0], math.pi * random[1])}[measure]
+    i = torch.arange(n // 2, dtype=torch.float64).expand(copies, -1)
+    real, imag = {"diag-lin": lambda: (0 * i + 0.5, math.pi * i),
+                  "diag-inv": lambda: (0 * i + 0.5, n / math.pi * (n / (2 * i + 1) - 1)),
+                  "diag-quad": lambda: (0 * i + 0.5, (2 * i + 1) ** 2 / math.pi),
+                  "diag-real": lambda: (1 + i, 0 * i),
+                  "diag-legs": lambda: (0 * i + 0.5, 0 * i + nplr("legs", n)[0].imag.flip(0)),
+                  "diag-rand": lambda: (1e-3 ** torch.rand_like(i), math.pi * torch.rand_like(i))}[measure]()
     return torch.complex(-real, imag)
 
 
@@ -201,14 +202,15 @@ def discretize_softmax(Lambda: Tensor, W: Tensor, dt: Tensor, rate: float,
                        l_max: int) -> tuple[Tensor, Tensor]:
     """B_bar and C of DSS-softmax: C B_bar = W (e^{rate z} - 1) / (Lambda (e^{l_max z} - 1)), z = dt Lambda.
 
-    Zero-order hold of B = 1, and the normalizer in C. 1/x is conj(x) / (|x|^2 + 1e-7), finite at 0.
+    Zero-order hold of B = 1, and the normalizer in C. 1/x is conj(x) / (|x|^2 + 1e-7), finite at 0. As in
+    dss.py, x includes Lambda.
     """
     x = (torch.exp(l_max * dt * Lambda) - 1) * Lambda
     return rate * dt * phi(rate * dt * Lambda), W * Lambda * x.conj() / (x.real ** 2 + x.imag ** 2 + 1e-7)
 
 
 class Discrete(NamedTuple):
-    """The matrices of the recurrence (1), with y = Re(C x), so that C holds the factor 2 of the pairs.
+    """The recurrence (1) with y = Re(C x), so that C holds the factor 2 of the pairs (disc dss has none).
 
     nplr: A_bar (h, n, n), B_bar (h, n), C (m, h, n) real; diag: A_bar, B_bar (h, n/2), C (m, h, n/2) complex.
     """
@@ -222,43 +224,47 @@ class Discrete(NamedTuple):
 def nplr_kernel(Lambda: Tensor, B: Tensor, P: Tensor, C: Tensor, dt: Tensor, l: int, exact: bool) -> Tensor:
     """K_0 ... K_{l-1} by equations (3) and (4): (m, h, l) float64.
 
-    Lambda, B (h, n), P (r, h, n), C (m, h, n) complex128 halves of conjugate pairs, dt (h).
-    exact: 1e-11 instead of 1e-8, from twice as many nodes
+    Lambda, B (h, n/2), P (r, h, n/2), C (m, h, n/2) complex128 halves of conjugate pairs, dt (h).
+    exact: 2e-11 instead of 1e-8, from twice as many nodes
     """
     M = min(odd << ((l - 1) // odd).bit_length() for odd in (1, 3, 5)) * (2 if exact else 1)     # >= l, fast
     radius = (2e-11 if exact else 1e-8) ** (1 / M)
     j = torch.arange(M // 2 + 1, dtype=torch.float64, device=dt.device)
-    z = torch.polar(torch.full_like(j, radius), -2 * math.pi / M * j)
-    s = 2 * (1 - z) / (1 + z)                                                # dt s, the same for all features
+    # dt s = 2 (1 - z) / (1 + z) = 2 tanh(x / 2) for z = exp(-x): without cancellation near z = 1
+    s = 2 * torch.tanh(torch.complex(torch.full_like(j, -math.log(radius)), 2 * math.pi / M * j) / 2)
     w = dt[:, None] * Lambda
-    # the denominators s^2 - 2 s Re w + |w|^2 for all features, states and nodes, as one product of rank 3
+    # the denominators s^2 - 2 s Re w + |w|^2 of all features, states and nodes, as one real matrix product
     w3 = torch.stack([torch.ones_like(w.real), -2 * w.real, w.real ** 2 + w.imag ** 2], -1)
     s3 = torch.view_as_real(torch.stack([s ** 2, s, torch.ones_like(s)]))    # (3, nodes, 2)
     G = torch.view_as_complex(torch.einsum("hnk,kjc->hnjc", w3, s3)).reciprocal()
     # all Cauchy sums as a table with the rows C_1, ..., C_m, P_1*, ..., P_r* and the columns B, P_1, ..., P_r
-    rows, columns = torch.cat([C, P.conj()]), torch.cat([B[None], P])
-    v = torch.einsum("ahn,chn,h->hacn", rows, columns, dt.to(B.dtype))
-    v = torch.stack([v.real, -(v * w[:, None, None].conj()).real], 1).flatten(1, 3)
-    v = torch.view_as_complex(torch.einsum("hvn,hnjc->hvjc", v, torch.view_as_real(G)))
-    table = 2 * (s * v[:, :v.shape[1] // 2] + v[:, v.shape[1] // 2:]).unflatten(1, (len(rows), len(columns)))
+    rows, columns = torch.cat([C, P.conj()]), dt[:, None] * torch.cat([B[None], P])
+    v = torch.einsum("ahn,chn->hacn", rows, columns)
+    v = torch.stack([v.real, -(v * w[:, None, None].conj()).real], 1)        # (h, 2, m + r, 1 + r, n/2)
+    v = torch.einsum("hvn,hnjc->hvjc", v.flatten(1, 3), torch.view_as_real(G)).unflatten(1, v.shape[1:4])
+    table = 2 * (s * torch.view_as_complex(v[:, 0]) + torch.view_as_complex(v[:, 1]))
     # Woodbury: with 1 + P* (s - Lambda)^{-1} P in the corner, eliminate its r rows and columns, one by one
-    r, m = len(P), len(C)
-    table = table + nn.functional.pad(torch.eye(r, device=dt.device), (1, 0, m, 0))[:, :, None]
-    for _ in range(r):
+    # (in any order: Re Lambda < Re s keeps the pivots away from 0)
+    one = torch.eye(len(P), dtype=dt.dtype, device=dt.device)
+    table = table + nn.functional.pad(one, (1, 0, len(C), 0))[:, :, None]
+    for _ in P:
         table = table[:, :-1, :-1] - table[:, :-1, -1:] * table[:, -1:, :-1] / table[:, -1:, -1:]
-    K = torch.fft.irfft(2 / (1 + z) * table[:, :, 0], M)[..., :l]            # (h, m, l)
+    K = torch.fft.irfft((1 + s / 2) * table[:, :, 0], M)[..., :l]            # 2 / (1 + z) = 1 + s / 2
     return K.transpose(0, 1) * radius ** -torch.arange(l, dtype=torch.float64, device=dt.device)
 
 
 def diagonal_kernel(A_bar: Tensor, CB: Tensor, l: int, dtype: torch.dtype) -> Tensor:
-    """Re sum_n CB_n A_bar_n^k by two digits of k = jT + i (see s4d.py): (h, n), (m, h, n) -> (m, h, l)."""
+    """Re sum_n CB_n A_bar_n^k: A_bar (h, n/2), CB (m, h, n/2) -> (m, h, l), with k = jT + i as in s4d.py.
+
+    Each square doubles the powers at hand: first those of i, up to about sqrt(l), then those of jT.
+    """
     low, high, power = torch.ones_like(A_bar)[:, None], CB[:, :, None], A_bar[:, None]
     digits = (l - 1).bit_length()
     for digit in range(digits):              # power is A_bar^(2^digit)
         if 2 * digit < digits:
-            low = torch.cat([low, low * power], 1)                           # A_bar^i, i < T: (h, T, n)
+            low = torch.cat([low, low * power], 1)                           # A_bar^i: (h, T, n/2)
         else:
-            high = torch.cat([high, high * power], 2)                        # CB A_bar^{jT}: (m, h, J, n)
+            high = torch.cat([high, high * power], 2)                        # CB A_bar^{jT}: (m, h, J, n/2)
         power = power * power
     return (high.to(COMPLEX[dtype]) @ low.to(COMPLEX[dtype]).mT).real.flatten(2)[..., :l]
 
@@ -301,13 +307,13 @@ def dense_state_of_input(B_bar: Tensor, powers: list[Tensor], u: Tensor) -> Tens
     columns = krylov([power.mT for power in low], B_bar[:, None]).flip(1)    # A_bar^{T-1-i} B_bar: (h, T, n)
     u = nn.functional.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))     # zeros in front add nothing
     x = torch.einsum("bhji,hin->hjbn", u, columns)                           # each block of T by itself, ...
-    for power in high:                                                       # ... then neighbours in pairs
+    for power in high:                                                       # ... then pairs of blocks
         x = (x[:, ::2].flatten(1, 2) @ power.mT).unflatten(1, (-1, u.shape[0])) + x[:, 1::2]
     return x[:, 0].transpose(0, 1)
 
 
 def advance(powers: list[Tensor], x: Tensor, k: int) -> Tensor:
-    """A_bar^k x for x (b, h, n), by the binary digits of k."""
+    """A_bar^k x for x (b, h, n), by the binary digits of k < 2^len(powers)."""
     x = x.transpose(0, 1)
     for digit, power in enumerate(powers):
         x = x @ power.mT if k >> digit & 1 else x
@@ -315,7 +321,7 @@ def advance(powers: list[Tensor], x: Tensor, k: int) -> Tensor:
 
 
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
-    """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (b, h, l) with K (h, l).
+    """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (.., l) with K (.., l), broadcast.
 
     The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. It is
     fast for lengths 2^i, 3 2^i and 5 2^i.
@@ -354,13 +360,14 @@ class S4(nn.Module):
         default legs stands for diag-legs in mode diag
     disc: nplr: "bilinear" (default). diag: "zoh" (default), "bilinear", "dss" (kernel of DSS, needs l_max)
     real_type: -Re Lambda is "exp", "relu" or "softplus" of its parameter, or with "none" the parameter, and
-        then nothing keeps the system stable (but the optimizer's luck)
+        then nothing keeps the system stable (but the optimizer's luck), and the nplr kernel is wrong once a
+        state grows by 1e8 (float64: 2e5) over l
     rank: rank of P, at least that of the measure (default); more columns start as small noise
     n_ssm: number of different (A, B), a divisor of h (default: h, one for each feature)
-    channels: number m of outputs per feature; channel c of feature i is output c h + i
+    channels: number m of outputs per feature; channel c of feature i is output c h + i of the SSM
     bidirectional: add sum_{j >= 1} K'_{j-1} u_{k+j} with a second C; no state and no step then
     gate, bottleneck: y = W_o((W_y SSM(GELU(W_u u))) * GELU(W_v u)), the SSM on h / bottleneck features, the
-        gate with h gate features (see gss.py); each can be used without the other
+        gate with d_model gate features (see gss.py); each can be used without the other
     l_max: the length over which disc "dss" normalizes; sequences may be longer
     dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time of A
     lr: learning rates of dt, A (with P) and B for the optimizer, recorded in `ssm_lr` (see learning_rates)
@@ -386,53 +393,51 @@ class S4(nn.Module):
         for name, value, known in (("measure", measure, MEASURES[mode]), ("disc", disc, DISCS[mode]),
                                    ("real_type", real_type, tuple(REAL_TYPES)),
                                    ("bidirectional", bidirectional, (True, False))):
-            ok = type(value) is type(known[0]) and value in known
+            ok = type(value) is type(known[0]) and value in known            # 1 is not True
             require(ok, name, value, f"choose one of {', '.join(map(str, known))}")
         if disc == "dss":
             require(l_max is not None, "l_max", l_max, "disc dss needs the length that it normalizes over")
             require(real_type != "none", "real_type", real_type, "disc dss needs Re Lambda < 0, see dss.py")
-        ok = d_model % (bottleneck or 1) == 0
-        require(ok, "bottleneck", bottleneck, f"pass a divisor of d_model = {d_model}")
+        require(d_model % (bottleneck or 1) == 0, "bottleneck", bottleneck, f"pass a divisor of {d_model}")
         h, n, m = d_model // (bottleneck or 1), d_state, channels * (1 + bidirectional)
-        names, s = MIXED.get(measure, (measure,)), h if n_ssm is None else n_ssm
+        names, copies = MIXED.get(measure, (measure,)), h if n_ssm is None else n_ssm
         require(h % len(names) == 0, "measure", measure, f"pass a multiple of {len(names)} features, not {h}")
-        ok = h % s == 0 and s % len(names) == 0
+        ok = h % copies == 0 and copies % len(names) == 0
         require(ok, "n_ssm", n_ssm, f"pass a divisor of {h} that is a multiple of {len(names)}")
         self.d_model, self.h, self.d_state, self.channels, self.l_max = d_model, h, n, channels, l_max
         self.mode, self.disc, self.real_type, self.bidirectional = mode, disc, real_type, bidirectional
 
-        Lambda, P, B = zip(*(self._initial(name, s // len(names), n, rank) for name in names))
-        Lambda, B = torch.stack(Lambda, 1).flatten(0, 1), torch.stack(B, 1).flatten(0, 1)    # alternating
-        P = torch.stack(P, 2).flatten(1, 2)
+        parts = zip(*(self._initial(name, copies // len(names), n, rank) for name in names))
+        Lambda, P, B = (torch.stack(part, -2).flatten(-3, -2) for part in parts)             # alternating
         real, dtype = (-Lambda.real).clamp(min=1e-4), torch.get_default_dtype()     # legt and fout: Re = 0
         self.log_dt = nn.Parameter(math.log(dt_min) + torch.rand(h) * math.log(dt_max / dt_min))
         self.log_A_real = nn.Parameter(REAL_TYPES[real_type][1](real).to(dtype))
-        self.A_imag = nn.Parameter(Lambda.imag.to(dtype))
+        self.A_imag = nn.Parameter(Lambda.imag.to(dtype).contiguous())
         self.P = nn.Parameter(torch.view_as_real(P).to(dtype)) if mode == "nplr" else None
         self.B = nn.Parameter(torch.view_as_real(B).to(dtype))
         self.C = nn.Parameter(torch.randn(m, h, n // 2, 2) * 0.5 ** 0.5)
         self.D = nn.Parameter(torch.randn(channels, h))
-        names = {"dt": ["log_dt"], "A": ["log_A_real", "A_imag", "P"], "B": ["B"]}
-        self.ssm_lr = learning_rates(self, lr, names)
+        groups = {"dt": ["log_dt"], "A": ["log_A_real", "A_imag", "P"], "B": ["B"]}
+        self.ssm_lr = learning_rates(self, lr, groups)
         self.input_linear = nn.Linear(d_model, h) if bottleneck else None
         self.input_gate = nn.Linear(d_model, d_model * gate) if gate else None
         self.output_gate = nn.Linear(channels * h, d_model * gate) if gate else None
-        self.output_linear = None
-        if gate or bottleneck:
-            self.output_linear = nn.Linear(d_model * gate if gate else channels * h, channels * d_model)
+        width = d_model * gate if gate else channels * h
+        self.output_linear = nn.Linear(width, channels * d_model) if gate or bottleneck else None
 
     @staticmethod
-    def _initial(measure: str, s: int, n: int, rank: Optional[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """s copies of Lambda (s, n/2), P (r, s, n/2) and B (s, n/2)."""
+    def _initial(measure: str, copies: int, n: int, rank: Optional[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Lambda (copies, n/2), P (r, copies, n/2) and B (copies, n/2)."""
         if measure.startswith("diag"):
             require(rank is None, "rank", rank, "mode diag has no low-rank part, pass None")
-            Lambda = diagonal(measure, s, n)
+            Lambda = diagonal(measure, copies, n)
             return Lambda, Lambda[None][:0], torch.ones_like(Lambda)
         Lambda, P, B, _ = nplr(measure, n)
         rank = len(P) if rank is None else rank
         require(rank >= len(P), "rank", rank, f"measure {measure} has rank {len(P)}, pass at least that")
-        noise = 1e-2 * torch.randn(rank - len(P), s, n // 2, dtype=P.dtype)
-        return Lambda.expand(s, -1), torch.cat([P[:, None].expand(-1, s, -1), noise]), B.expand(s, -1)
+        noise = 1e-2 * torch.randn(rank - len(P), copies, n // 2, dtype=P.dtype)
+        P = torch.cat([P[:, None].expand(-1, copies, -1), noise])
+        return Lambda.expand(copies, -1), P, B.expand(copies, -1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -440,13 +445,12 @@ class S4(nn.Module):
         return torch.promote_types(self.D.dtype, torch.float32)
 
     def _continuous(self, rate: float) -> tuple[Tensor, ...]:
-        """Lambda, B (h, n/2), P (r, h, n/2), C (m, h, n/2) complex and dt (h), in double precision."""
+        """Lambda, B (h, n/2), P (r, h, n/2), C (m, h, n/2) complex and rate * dt (h), in double precision."""
         check_number("rate", rate)
         P = self.B[None][:0] if self.P is None else self.P                   # rank 0 in mode "diag"
         B, P, C = (torch.view_as_complex(parameter.double()) for parameter in (self.B, P, self.C))
         Lambda = torch.complex(-REAL_TYPES[self.real_type][0](self.log_A_real.double()), self.A_imag.double())
-        copies = self.h // len(Lambda)
-        Lambda, B, P = Lambda.repeat(copies, 1), B.repeat(copies, 1), P.repeat(1, copies, 1)
+        Lambda, B, P = (part.tile(self.h // len(Lambda), 1) for part in (Lambda, B, P))      # shared copies
         return Lambda, B, P, C, rate * self.log_dt.double().exp()
 
     def _discretize(self, rate: float) -> Discrete:
@@ -454,7 +458,8 @@ class S4(nn.Module):
         Lambda, B, P, C, dt = self._continuous(rate)
         dt = dt[:, None]
         if self.mode == "nplr":
-            half, identity = dt[..., None] / 2 * real_form(Lambda, P), torch.eye(self.d_state).to(dt)
+            identity = torch.eye(self.d_state, dtype=dt.dtype, device=dt.device)
+            half = dt[..., None] / 2 * real_form(Lambda, P)
             right = torch.cat([identity + half, (dt * stack(B))[..., None]], -1)
             solved = torch.linalg.solve(identity - half, right)
             return Discrete(solved[..., :-1], solved[..., -1], 2 * stack(C.conj()))
@@ -477,12 +482,11 @@ class S4(nn.Module):
         Bidirectional: (2 m h, l), the kernels for the past before those for the future.
         """
         check_number("l", l, int)
-        with torch.autocast("cuda" if self.D.is_cuda else "cpu", enabled=False):
-            if self.mode == "nplr":
-                K = nplr_kernel(*self._continuous(rate), l, self.dtype == torch.float64)
-            else:
-                d = self._discretize(rate)
-                K = diagonal_kernel(d.A_bar, d.C * d.B_bar, l, self.dtype)
+        if self.mode == "nplr":
+            K = nplr_kernel(*self._continuous(rate), l, self.dtype == torch.float64)
+        else:
+            d = self._discretize(rate)
+            K = diagonal_kernel(d.A_bar, d.C * d.B_bar, l, self.dtype)
         return K.to(self.dtype).flatten(0, 1)
 
     def check_causal(self) -> None:
@@ -515,10 +519,10 @@ class S4(nn.Module):
         return y[..., 0].to(u.dtype), x
 
     def _step(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
-        """The recurrence (1) as it stands: u (b, h, 1) -> y (b, m h, 1), x."""
+        """The recurrence (1) as it stands: u (b, h, 1), x as initial_state -> y (b, m h, 1), x."""
         x = x.to(d.A_bar.dtype)
         x = d.B_bar * u + (d.A_bar * x if self.mode == "diag" else torch.einsum("hij,bhj->bhi", d.A_bar, x))
-        y = torch.einsum("mhn,bhn->bmh", d.C, x).real + self.D * u[:, None, :, 0]
+        y = torch.einsum("mhn,bhn->bmh", d.C, x.to(d.C.dtype)).real + self.D * u[:, None, :, 0]
         return y.flatten(1)[..., None], x.to(d.A_bar.dtype)
 
     def forward(self, u: Tensor, state: Optional[Tensor] = None, *, rate: float = 1.0,
@@ -537,7 +541,7 @@ class S4(nn.Module):
         return y.to(u.dtype), last
 
     def _gated(self, ssm, u: Tensor) -> tuple[Tensor, Optional[Tensor]]:
-        """W_o((W_y SSM(GELU(W_u u))) * GELU(W_v u)) with those of the factors that the layer has."""
+        """W_o((W_y SSM(GELU(W_u u))) * GELU(W_v u)), as far as the layer has them; ssm: v -> y, last."""
         v = u if self.input_linear is None else nn.functional.gelu(channel_map(self.input_linear, u))
         with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # half precision is too coarse
             y, last = ssm(v.to(self.dtype))
@@ -547,8 +551,8 @@ class S4(nn.Module):
 
     def _steps(self, u: Tensor, state: Optional[Tensor], rate: float) -> tuple[Tensor, Optional[Tensor]]:
         """The recurrence (1) over a sequence, in double precision: rounding adds up over the steps."""
-        x = zero = self.initial_state(u.shape[0]) if state is None else state
-        outputs, discrete = [], self._discretize(rate)
+        zero, outputs, discrete = self.initial_state(u.shape[0]), [], self._discretize(rate)
+        x = zero if state is None else state
         for u_k in u.double().unbind(-1):
             y_k, x = self._step(u_k[..., None], x, discrete)
             outputs.append(y_k)
@@ -561,14 +565,14 @@ class S4(nn.Module):
             K = self.kernel(l, rate).unflatten(0, (-1, self.h))
         else:
             d, x = self._discretize(rate), state
-            if self.mode == "diag":    # as a real system: one code serves both (s4d.py has a faster one)
+            if self.mode == "diag":    # as a real system: one code serves both (a faster one is in s4d.py)
                 A_bar = real_form(d.A_bar, d.A_bar[None][:0])
                 d, x = Discrete(A_bar, stack(d.B_bar), stack(d.C.conj())), stack(x)
             powers = [power.to(self.dtype) for power in squares(d.A_bar, l)]
             B_bar, C, x = d.B_bar.to(self.dtype), d.C.transpose(0, 1).to(self.dtype), x.to(self.dtype)
-            x = advance(powers, x, 1)
-            y = outputs(C, powers, torch.cat([B_bar[None], x]))              # (1 + b, m, h, JT)
-            K, y_state = y[0, ..., :l], y[1:, ..., :l]                       # K: output of the state B_bar
+            x = advance(powers, x, 1)                                        # meets C at k = 0
+            y = outputs(C, powers, torch.cat([B_bar[None], x]))[..., :l]     # (1 + b, m, h, l)
+            K, y_state = y[0], y[1:]                                         # K: output of the state B_bar
         past = torch.cat([K[:m, :, :1] + self.D[..., None], K[:m, :, 1:]], -1)   # D u: an impulse at k = 0
         y = fft_conv(u[:, None], past)                                       # (b, m, h, l)
         if self.bidirectional:

@@ -29,7 +29,7 @@ MUTATIONS = [
      "tests/test_golden.py -k s4d"),
     ("s4", "sign in the Woodbury identity", "- table[:, :-1, -1:] *", "+ table[:, :-1, -1:] *",
      "tests/test_golden.py -k nplr"),
-    ("s4", "2/(1+z)", "irfft(2 / (1 + z) *", "irfft(2 / (1 - z) *", "tests/test_golden.py -k nplr"),
+    ("s4", "2/(1+z)", "irfft((1 + s / 2) *", "irfft((1 - s / 2) *", "tests/test_golden.py -k nplr"),
     ("s4", "the circle", "radius ** -torch.arange", "radius ** torch.arange", "tests/test_s4.py -k kernel"),
     ("s4", "conjugate of P", "torch.cat([C, P.conj()])", "torch.cat([C, P])", "tests/test_golden.py -k nplr"),
     ("s4", "sign of Im C", "2 * stack(C.conj())", "2 * stack(C)", "tests/test_modes.py -k s4"),
@@ -69,8 +69,8 @@ MUTATIONS = [
     ("example", "mean over what was read", "count + x.shape[1]", "count + 1", "tests/test_example.py"),
     ("example", "rate handed on", "layer(x, s, rate=rate", "layer(x, s, rate=1.0", "tests/test_example.py"),
     ("example", "gate of the activation", "a * z.sigmoid()", "a * z.tanh()", "tests/test_example.py"),
-    ("example", "checkpoint written in place", 'torch.save(state, out / "part")', "torch.save(state, out / name)",
-     "tests/test_example.py"),
+    ("example", "checksum of the download", ".hexdigest() != sha256", ".hexdigest() is None",
+     "tests/test_example.py -k download"),
 ]
 
 

@@ -85,6 +85,16 @@ def test_kernel_is_the_impulse_response(case):
 
 
 @pytest.mark.parametrize("case", STATEFUL, **IDS)
+def test_state_of_another_precision(case):
+    layer = case.build()
+    u, x = signal(2, case.h, 10), random_state(copy.deepcopy(layer).double(), 2)
+    dtypes = [t.dtype for t in leaves(layer.initial_state(2))]
+    for y, last in (*(layer(u, x, method=method) for method in case.methods), layer.step(u[..., 0], x)):
+        assert y.dtype == torch.float32 and [t.dtype for t in leaves(last)] == dtypes
+        assert [t.dtype for t in leaves(x)] != dtypes
+
+
+@pytest.mark.parametrize("case", STATEFUL, **IDS)
 def test_chunks_equal_one_call(case):
     layer = case.build()
     u, x = signal(2, case.h, 300), random_state(layer, 2)

@@ -10,7 +10,8 @@ import oracle
 from dss import DSS
 from gss import GSS
 from layers import error, parameters, random_state, signal
-from s4 import MEASURES, REAL_TYPES, S4, diagonal, diagonal_kernel, hippo, nplr, nplr_kernel, real_form
+from s4 import (MEASURES, REAL_TYPES, S4, diagonal, diagonal_kernel, hippo, nplr, nplr_kernel, outputs, real_form,
+                squares, stack)
 from s4d import S4D, initial_A
 from test_golden import load
 from test_modes import gradients
@@ -115,6 +116,20 @@ def test_kernel_function_at_any_rank(rank, exact, tolerance):
             expected.append(2 * torch.einsum("mhn,hnk->mh", torch.cat([C.real, -C.imag], -1), x))
             x = A_bar @ x
         assert error(K, torch.stack(expected, -1)) <= tolerance
+
+
+@pytest.mark.parametrize("exact, tolerance", [(False, 1e-7), (True, 5e-10)])
+def test_long_kernels_stay_accurate(exact, tolerance):
+    """Against powers of the dense matrix: (1 - z) / (1 + z) would cancel at 65536 nodes."""
+    l, dt = 65536, torch.tensor([1e-4, 1e-3], dtype=torch.float64)
+    Lambda, P, B, _ = nplr("legs", 8)
+    Lambda, B, P, C = Lambda.repeat(2, 1), B.repeat(2, 1), P[:, None].repeat(1, 2, 1), torch.ones(1, 2, 4)
+    identity, half = torch.eye(8, dtype=torch.float64), dt[:, None, None] / 2 * real_form(Lambda, P)
+    A_bar = torch.linalg.solve(identity - half, identity + half)
+    B_bar = torch.linalg.solve(identity - half, (dt[:, None] * stack(B))[..., None])[..., 0]
+    C_real = 2 * torch.cat([C, 0 * C], -1).double().transpose(0, 1)
+    expected = outputs(C_real, squares(A_bar, l), B_bar[None])[0]
+    assert error(nplr_kernel(Lambda, B, P, C.to(B.dtype), dt, l, exact), expected) <= tolerance
 
 
 def test_diagonal_kernel_is_the_sum_of_powers():
