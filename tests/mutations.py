@@ -65,7 +65,7 @@ MUTATIONS = [
      "tests/test_example.py -k processes"),
     ("example", "decay of vectors", "weight_decay * (p.ndim > 1)", "weight_decay", "tests/test_example.py"),
     ("example", "best checkpoint", 'max(history, key=lambda row: row["val', 'min(history, key=lambda row: row["val',
-     "tests/test_example.py -k everything"),
+     "tests/test_example.py -k best"),
     ("example", "mean over what was read", "count + x.shape[1]", "count + 1", "tests/test_example.py"),
     ("example", "rate handed on", "layer(x, s, rate=rate", "layer(x, s, rate=1.0", "tests/test_example.py"),
     ("example", "gate of the activation", "a * z.sigmoid()", "a * z.tanh()", "tests/test_example.py"),
@@ -89,7 +89,7 @@ def main(words):
             run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", *tests.split()], cwd=copy,
                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             path.write_text(whole)
-            noticed = run.returncode == 1 and "failed" in run.stdout
+            noticed = run.returncode == 1                            # 1: tests ran and failed
             survived += not noticed
             test = next((line for line in run.stdout.splitlines() if line.startswith("FAILED")), run.stdout[-200:])
             print(f"{file:<15}{what:<38}{'noticed' if noticed else 'SURVIVED':<10}{time.time() - start:5.0f} s  "

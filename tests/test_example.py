@@ -299,6 +299,18 @@ def test_training_writes_everything(trained):
     assert load(out / "best.pt")["history"][-1] == best
 
 
+def test_best_checkpoint_is_the_first_of_the_highest_accuracy(tmp_path, monkeypatch):
+    """The network answers class 0 at epoch 1, class 1 at epoch 2, ...: some of them right, some wrong."""
+    epochs = iter(range(100))
+    monkeypatch.setattr(example, "read_all", lambda net, x, *_, **__: torch.eye(10)[[next(epochs) % 10] * len(x)])
+    monkeypatch.setattr(example, "compare_modes", lambda *_: {"in parallel": 0.5})
+    example.main([*TINY, "--out", str(tmp_path), "--epochs", "10", "--n-layers", "1"])
+    history = load(tmp_path / "s4d" / "last.pt")["history"]
+    accuracies = [row["val_accuracy"] for row in history]
+    assert len(set(accuracies)) > 1 and accuracies.index(max(accuracies)) > 0
+    assert load(tmp_path / "s4d" / "best.pt")["history"] == history[:1 + accuracies.index(max(accuracies))]
+
+
 def test_evaluation_of_a_checkpoint(trained):
     out, output = trained
     again = finish(start(out.parent, "--eval", str(out / "best.pt")))
