@@ -233,10 +233,8 @@ def nplr_kernel(Lambda: Tensor, B: Tensor, P: Tensor, C: Tensor, dt: Tensor, l: 
     # dt s = 2 (1 - z) / (1 + z) = 2 tanh(x / 2) for z = exp(-x): without cancellation near z = 1
     s = 2 * torch.tanh(torch.complex(torch.full_like(j, -math.log(radius)), 2 * math.pi / M * j) / 2)
     w = dt[:, None] * Lambda
-    # the denominators s^2 - 2 s Re w + |w|^2 of all features, states and nodes, as one real matrix product
-    w3 = torch.stack([torch.ones_like(w.real), -2 * w.real, w.real ** 2 + w.imag ** 2], -1)
-    s3 = torch.view_as_real(torch.stack([s ** 2, s, torch.ones_like(s)]))    # (3, nodes, 2)
-    G = torch.view_as_complex(torch.einsum("hnk,kjc->hnjc", w3, s3)).reciprocal()
+    # the denominators of all features, states and nodes: (h, n/2, nodes)
+    G = (s ** 2 - 2 * s * w.real[..., None] + (w.real ** 2 + w.imag ** 2)[..., None]).reciprocal()
     # all Cauchy sums as a table with the rows C_1, ..., C_m, P_1*, ..., P_r* and the columns B, P_1, ..., P_r
     rows, columns = torch.cat([C, P.conj()]), dt[:, None] * torch.cat([B[None], P])
     v = torch.einsum("ahn,chn->hacn", rows, columns)
