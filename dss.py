@@ -24,22 +24,25 @@ that it will be used for, a softmax over time (paper, Proposition 1):
 
     K_k = Re sum_n W_n / Lambda_n  e^{k z_n} / sum_{r < l_max} e^{r z_n}.                             (4)
 
-The geometric sum is (e^{l_max z} - 1) / (e^z - 1), so (4) is (3) with C = W / (e^{l_max z} - 1). That is how
-it gets a state, a step and a rate here, none of which the official code has: C depends on dt l_max alone, the
-rate changes e^z and the hold. Version "exp" has no normalizer, C = W and Re Lambda = -exp(Lambda_re) < 0,
+The geometric sum is (e^{l_max z} - 1) / (e^z - 1), so (4) is (3) with C = W / (e^{l_max z} - 1), kept finite
+at its poles (discretize_dss). That is how it gets a state, a step and a rate here, none of which the official
+code has: C depends on the step size through dt l_max alone, with the dt of rate 1, and the rate changes e^z
+and the hold. Version "exp" has no normalizer, C = W and Re Lambda = -exp(Lambda_re) < 0,
 which S4D continues.
 
 Why no factor 2? Lambda starts with Im Lambda > 0 only, but all n values are independent: the real
 part alone makes the output real. A conjugate pair with half the weights would give the same.
 
-How the recurrence stays finite if Re Lambda > 0. Then e^{kz} grows, and C is as small as e^{-l_max z}. Both
-could leave the range of float32 while their product is of order 1. So the factor e^{-l_max z} is shared
-equally between C and the input: states stay between e^{-a/2} and e^{a/2} with a = l_max Re z, and a is capped
-at 160, inside float32. A mode at the cap sees only the last hundredth of l_max anyway. It holds for l_max
-steps; a longer sequence is an error.
+How the recurrence stays finite if Re Lambda > 0. Then e^{kz} grows, and C is as small as e^{-l_max z}. So the
+factor e^{-l_max z} is shared equally between C and the input (x is then (2) times e^{-l_max z / 2}), and a =
+l_max Re z is capped at 80: states stay between e^{-a/2} and e^{a/2}, powers of A_bar below e^a, all inside
+float32. At the cap the kernel lives on the oldest 1/80 of the lags, k near l_max, anyway. This holds for
+l_max steps: a longer call is an error, but chunks and steps are not counted, and beyond l_max such states
+grow on.
 
 The fast kernel is the one of s4d.py: two digits of time, k = jT + i, e^{kz} = e^{jTz} e^{iz}, a product of
-two small matrices of powers in double precision, which also turn states into outputs and inputs into states.
+two small matrices of powers, from factors in double precision, which also turn states into outputs and inputs
+into states.
 
 What is trained: log_dt (one step size per feature), Lambda, W and D.
 
@@ -124,11 +127,12 @@ def phi(z: Tensor) -> Tensor:
 def discretize_dss(Lambda: Tensor, W: Tensor, dt: Tensor, rate: float, l_max: int) -> tuple[Tensor, Tensor]:
     """B_bar and C of DSS-softmax: C B_bar = W (e^{rate z} - 1) / (Lambda (e^{l_max z} - 1)), z = dt Lambda.
 
-    Zero-order hold of B = 1, and the normalizer in C. 1/x is conj(x) / (|x|^2 + 1e-7), finite at 0. If
-    Re z > 0, the quotient is taken with e^{-l_max z} above and below, and B_bar and C share the one above.
+    Zero-order hold of B = 1, and the normalizer in C. 1/x is conj(x) / (|x|^2 + 1e-7), finite at its poles
+    e^{l_max z} = 1. If Re z > 0, e^{l_max z} could overflow: 1 / (e^{l_max z} - 1) is
+    -e^{-l_max z} / (e^{-l_max z} - 1), and B_bar and C take half of the numerator's exponent each.
     """
     growing = (dt * Lambda).real > 0
-    sign = torch.where(growing, -1.0, 1.0)
+    sign = 1 - 2 * growing.to(dt.dtype)
     x = (torch.exp(sign * l_max * dt * Lambda) - 1) * Lambda
     share = torch.exp(-l_max / 2 * dt * torch.where(growing, Lambda, 0))
     C = sign * W * Lambda * x.conj() / (x.real ** 2 + x.imag ** 2 + 1e-7)
@@ -136,7 +140,7 @@ def discretize_dss(Lambda: Tensor, W: Tensor, dt: Tensor, rate: float, l_max: in
 
 
 class Discrete(NamedTuple):
-    """The recurrence (2): A_bar, B_bar and C, each (h, n) complex."""
+    """The recurrence (2): A_bar, B_bar and C, each (h, n) complex; y = Re(C x)."""
     A_bar: Tensor
     B_bar: Tensor
     C: Tensor
@@ -145,7 +149,10 @@ class Discrete(NamedTuple):
 # ---- time in two digits ----
 
 def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """a^0, a^1, ..., a^(count - 1) on a new axis, (h, n) -> (h, count, n), by two digits of the exponent."""
+    """a^0, a^1, ..., a^(count - 1) on a new axis, (h, n) -> (h, count, n).
+
+    By a^(r j + i) = (a^r)^j a^i with r about sqrt(count), so that autograd keeps little.
+    """
     def first(a, count):
         """a^0 ... a^(count - 1) by one product after another: (h, n) -> (h, count, n)."""
         p = [torch.ones_like(a)]
@@ -160,14 +167,14 @@ def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 def two_digits(a: Tensor, l: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """low = a^i (h, T, n) in the precision of dtype, high = a^{jT} (h, J, n) in double precision, JT >= l."""
-    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # about 2 sqrt(l): measured
+    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # 2 sqrt(l) is fastest, measured
     return powers(a, T, COMPLEX[dtype]), powers(a ** T, -(-l // T), a.dtype)
 
 
 def as_real(z: Tensor, dtype: torch.dtype, conj: bool = False) -> Tensor:
     """Re z_1, Im z_1, Re z_2, ... (conj: of the conjugate), (.., n) -> (.., 2n).
 
-    Re sum_n v_n w_n is then the real product of as_real(v) and as_real(w, conj=True).
+    Re sum_n v_n w_n is then as_real(v) times as_real(w, conj=True): Re (a + ib)(c + id) = (a, b) (c, -d).
     """
     z = z.to(COMPLEX[dtype])
     return torch.view_as_real(z.conj().resolve_conj() if conj else z).flatten(-2)
@@ -192,8 +199,7 @@ def state_of_input(d: Discrete, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
     u = nn.functional.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))     # zeros in front add nothing
     x = torch.einsum("bhji,hin->bhjn", u, as_real(low.flip(1), u.dtype))     # each block of T by itself, ...
     x = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    x = x * (high.flip(1) * d.B_bar[:, None]).to(x.dtype)                    # ... decayed until the end, ...
-    return torch.view_as_complex(torch.view_as_real(x).sum(2))               # ... and summed
+    return (x * (high.flip(1) * d.B_bar[:, None]).to(x.dtype)).sum(2)        # ... decayed to the end, summed
 
 
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
@@ -215,7 +221,7 @@ class DSS(nn.Module):
     d_model, d_state: number of features h; number of states n per feature, all complex and independent
     version: "softmax", normalized over l_max steps, or "exp", with Re Lambda < 0 and no normalization
     l_max: longest sequence of version "softmax", in steps at rate 1; "exp" takes any length
-    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time of A
+    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time of Lambda
     lr: learning rates of dt and A (Lambda) for the optimizer, recorded in `ssm_lr` (see learning_rates)
     Raises ValueError for any other value.
     """
@@ -252,7 +258,7 @@ class DSS(nn.Module):
         if self.version == "exp":
             Lambda = torch.complex(-real.exp(), imag)
             return Discrete(torch.exp(rate * dt * Lambda), rate * dt * phi(rate * dt * Lambda), W)
-        real = torch.minimum(real, 160 / (dt * self.l_max))                  # so that states stay finite
+        real = torch.minimum(real, 80 / (dt * self.l_max))                   # so that all factors stay finite
         Lambda = torch.complex(real, imag.expand_as(real))
         return Discrete(torch.exp(rate * dt * Lambda), *discretize_dss(Lambda, W, dt, rate, self.l_max))
 
@@ -281,7 +287,7 @@ class DSS(nn.Module):
     def check_length(self, l: int, rate: float) -> None:
         """Version softmax is defined for at most l_max steps at rate 1."""
         check_number("rate", rate)
-        ok = self.version == "exp" or l * rate <= self.l_max * (1 + 1e-9)    # rate may have been rounded
+        ok = self.version == "exp" or l * rate <= self.l_max * (1 + 1e-9)    # l * (l_max / l) may round up
         require(ok, "l", l, f"softmax is for l rate <= l_max = {self.l_max}: raise l_max, or use version exp")
 
     def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0,
@@ -302,7 +308,8 @@ class DSS(nn.Module):
         """A sequence: u (b, h, l), state (b, h, n) or None -> y (b, h, l) as u, final state or None.
 
         rate: factor on the step size: 2.0 for a signal sampled half as often as in training
-        method: "conv", in parallel by FFT, or "step", the recurrence: the same numbers up to rounding
+        method: "conv", in parallel by FFT, or "step", the recurrence: the same numbers up to rounding,
+            which with FFT is relative to the largest of the sequence
         """
         check_tensor("u", u, ("b", self.d_model, "l"))
         require(method in ("conv", "step"), "method", method, "choose conv or step")
@@ -328,12 +335,11 @@ class DSS(nn.Module):
         d, l = self._discretize(rate), u.shape[-1]
         low, high = two_digits(d.A_bar, l, self.dtype)
         K = ssm_kernel(d, low, high, self.dtype)[:, :l]
-        y = fft_conv(u, torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], -1))   # D u: an impulse at k = 0
+        y = fft_conv(u, K + nn.functional.pad(self.D[:, None], (0, l - 1)))  # D u: an impulse at k = 0
         if state is None:
             return y, None
         state = state.to(COMPLEX[self.dtype])
-        A_bar_l = d.A_bar * high[:, -1] * low[:, (l - 1) % low.shape[1]]
-        last = (A_bar_l * state).to(state.dtype) + state_of_input(d, low, high, u)
+        last = (d.A_bar ** l * state).to(state.dtype) + state_of_input(d, low, high, u)
         return y + output_of_state(d, low, high, state)[..., :l], last
 
 

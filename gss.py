@@ -5,7 +5,7 @@
 
 `python gss.py` checks all modes against each other, `python gss.py figures/gss.png` draws the figure.
 
-The block. For each time step of the input u (b, h, l), with an SSM on h / bottleneck channels,
+The block. For an input u (b, h, l), with an SSM over time on h / bottleneck channels,
 
     v = GELU(W_u u),    y = SSM(v),    o = W_o((W_y y) * GELU(W_v u)),                                (1)
 
@@ -19,8 +19,8 @@ shrinks the SSM to h / bottleneck channels and spends the time in the linear map
 multiplied by a gate of h expand features. That is what the gating is for; whether it is more accurate depends
 on the task.
 
-The simplification. Random A works as well as HiPPO when B = 1 and dt = 1 are not trained. Only Lambda = A
-(random), C and D remain of the SSM. Differs from the paper: -Re A starts log-uniform in (1e-3, 1), so that
+The simplification. With B = 1 and dt = 1 fixed, a random A works as well as HiPPO. Only A, C and D remain of
+the SSM. Differs from the paper: -Re A starts log-uniform in (1e-3, 1), so that
 memory ranges from 1 to 1000 steps, and Im A uniform in (0, pi); draws of order 1 for both would forget within
 a few steps.
 
@@ -32,14 +32,14 @@ step of the block is (1) with (2). The rate multiplies dt; with dt = 1 the unit 
 training.
 
 The fast kernel is the one of s4d.py: two digits of time, k = jT + i, A_bar^k = A_bar^{jT} A_bar^i, a product
-of two small matrices of powers in double precision, which also turn states into outputs and inputs into
-states.
+of two small matrices of powers, from factors in double precision, which also turn states into outputs and
+inputs into states.
 
 What is trained: A, C, D and the linear maps.
 
 Symbols: b batch, h features (d_model), c = h / bottleneck channels of the SSM, n states (d_state), l length;
 u, o (b, h, l); v, y (b, c, l); x (b, c, n) complex; A, B, A_bar, B_bar, C (c, n) complex; dt, D (c); K (c,
-l).
+l). The functions shared with s4d.py write h for c.
 """
 
 import math
@@ -137,7 +137,10 @@ class Discrete(NamedTuple):
 # ---- time in two digits ----
 
 def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """a^0, a^1, ..., a^(count - 1) on a new axis, (h, n) -> (h, count, n), by two digits of the exponent."""
+    """a^0, a^1, ..., a^(count - 1) on a new axis, (h, n) -> (h, count, n).
+
+    By a^(r j + i) = (a^r)^j a^i with r about sqrt(count), so that autograd keeps little.
+    """
     def first(a, count):
         """a^0 ... a^(count - 1) by one product after another: (h, n) -> (h, count, n)."""
         p = [torch.ones_like(a)]
@@ -152,14 +155,14 @@ def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 def two_digits(a: Tensor, l: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """low = a^i (h, T, n) in the precision of dtype, high = a^{jT} (h, J, n) in double precision, JT >= l."""
-    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # about 2 sqrt(l): measured
+    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # 2 sqrt(l) is fastest, measured
     return powers(a, T, COMPLEX[dtype]), powers(a ** T, -(-l // T), a.dtype)
 
 
 def as_real(z: Tensor, dtype: torch.dtype, conj: bool = False) -> Tensor:
     """Re z_1, Im z_1, Re z_2, ... (conj: of the conjugate), (.., n) -> (.., 2n).
 
-    Re sum_n v_n w_n is then the real product of as_real(v) and as_real(w, conj=True).
+    Re sum_n v_n w_n is then as_real(v) times as_real(w, conj=True): Re (a + ib)(c + id) = (a, b) (c, -d).
     """
     z = z.to(COMPLEX[dtype])
     return torch.view_as_real(z.conj().resolve_conj() if conj else z).flatten(-2)
@@ -184,8 +187,7 @@ def state_of_input(d: Discrete, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
     u = nn.functional.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))     # zeros in front add nothing
     x = torch.einsum("bhji,hin->bhjn", u, as_real(low.flip(1), u.dtype))     # each block of T by itself, ...
     x = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    x = x * (high.flip(1) * d.B_bar[:, None]).to(x.dtype)                    # ... decayed until the end, ...
-    return torch.view_as_complex(torch.view_as_real(x).sum(2))               # ... and summed
+    return (x * (high.flip(1) * d.B_bar[:, None]).to(x.dtype)).sum(2)        # ... decayed to the end, summed
 
 
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
@@ -210,13 +212,15 @@ class GSS(nn.Module):
     """Gated state space layer (b, h, l) -> (b, h, l), equation (1), without norm and residual connection.
 
     d_model, d_state: number of features h; number of states n per channel, all complex and independent
-    expand: the gate has h expand features
+    expand: the gate has h expand features (unused without it)
     bottleneck: the SSM has h / bottleneck channels
     gate: False leaves out the gate: o = W_o SSM(GELU(W_u u))
-    measure: initial A: "diag-rand" or "diag-lin" (see random_or_linear_A)
+    measure: initial A: "diag-rand", or "diag-lin" with dt_min=1e-3, dt_max=1e-1 (at dt = 1 its exp(i pi k)
+        are all 1 or -1)
     train_B, train_dt: train B, starting from 1, and the step sizes
     dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time of A
-    lr: learning rates of dt, A and B for the optimizer, recorded in `ssm_lr` (see learning_rates)
+    lr: learning rates of dt, A and B for the optimizer, recorded in `ssm_lr` (see learning_rates),
+        0.0 for log_dt unless train_dt
     Raises ValueError for any other value.
     """
 
@@ -231,16 +235,15 @@ class GSS(nn.Module):
         check_number("dt_min", dt_min)
         check_number("dt_max", dt_max)
         require(dt_min <= dt_max, "dt_max", dt_max, f"pass at least dt_min = {dt_min}")
-        flags = {"gate": gate, "train_B": train_B, "train_dt": train_dt}
-        for name, flag in flags.items():
+        for name, flag in {"gate": gate, "train_B": train_B, "train_dt": train_dt}.items():
             require(isinstance(flag, bool), name, flag, "pass True or False")
         require(d_model % bottleneck == 0, "bottleneck", bottleneck, f"pass a divisor of d_model = {d_model}")
         self.d_model, self.d_inner, self.d_state = d_model, d_model // bottleneck, d_state
         c, n = self.d_inner, d_state
-        A = random_or_linear_A(measure, c, n).to(COMPLEX[torch.get_default_dtype()])
+        A, dtype = random_or_linear_A(measure, c, n), torch.get_default_dtype()
         self.log_dt = nn.Parameter(math.log(dt_min) + torch.rand(c) * math.log(dt_max / dt_min))
-        self.log_A_real = nn.Parameter(torch.log(-A.real))
-        self.A_imag = nn.Parameter(A.imag.clone())
+        self.log_A_real = nn.Parameter(torch.log(-A.real).to(dtype))
+        self.A_imag = nn.Parameter(A.imag.to(dtype).contiguous())
         self.B = nn.Parameter(torch.tensor([1.0, 0.0]).repeat(c, n, 1)) if train_B else None
         self.C = nn.Parameter(torch.randn(c, n, 2) * 0.5 ** 0.5)
         self.D = nn.Parameter(torch.randn(c))
@@ -301,7 +304,7 @@ class GSS(nn.Module):
 
     def _step(self, v: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
         """The recurrence (2) as it stands: v (b, c, 1) -> y (b, c, 1), x."""
-        x = d.A_bar * x.to(d.A_bar.dtype) + d.B_bar * v
+        x = (d.A_bar * x + d.B_bar * v).to(d.A_bar.dtype)
         return (d.C * x).real.sum(-1, keepdim=True) + self.D[:, None] * v, x
 
     def forward(self, u: Tensor, state: Optional[Tensor] = None, *, rate: float = 1.0,
@@ -309,7 +312,8 @@ class GSS(nn.Module):
         """A sequence: u (b, h, l), state (b, c, n) or None -> o (b, h, l) as u, final state or None.
 
         rate: factor on the step size: 2.0 for a signal sampled half as often as in training
-        method: "conv", in parallel by FFT, or "step", the recurrence: the same numbers up to rounding
+        method: "conv", in parallel by FFT, or "step", the recurrence: the same numbers up to rounding,
+            which with FFT is relative to the largest of the sequence
         """
         check_tensor("u", u, ("b", self.d_model, "l"))
         require(method in ("conv", "step"), "method", method, "choose conv or step")
@@ -342,12 +346,11 @@ class GSS(nn.Module):
         d, l = self._discretize(rate), u.shape[-1]
         low, high = two_digits(d.A_bar, l, self.dtype)
         K = ssm_kernel(d, low, high, self.dtype)[:, :l]
-        y = fft_conv(u, torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], -1))   # D u: an impulse at k = 0
+        y = fft_conv(u, K + nn.functional.pad(self.D[:, None], (0, l - 1)))  # D u: an impulse at k = 0
         if state is None:
             return y, None
         state = state.to(COMPLEX[self.dtype])
-        A_bar_l = d.A_bar * high[:, -1] * low[:, (l - 1) % low.shape[1]]
-        last = (A_bar_l * state).to(state.dtype) + state_of_input(d, low, high, u)
+        last = (d.A_bar ** l * state).to(state.dtype) + state_of_input(d, low, high, u)
         return y + output_of_state(d, low, high, state)[..., :l], last
 
 

@@ -305,7 +305,8 @@ class LSSL(nn.Module):
         """A sequence: u (b, h, l), state (b, h, n) or None -> y (b, m h, l) as u, final state or None.
 
         rate: factor on the step size: 2.0 for a signal sampled half as often as in training
-        method: "conv", in parallel by FFT, or "step", the recurrence: the same numbers up to rounding
+        method: "conv", in parallel by FFT, or "step", the recurrence: the same numbers up to rounding,
+            which with FFT is relative to the largest of the sequence
         """
         check_tensor("u", u, ("b", self.d_model, "l"))
         require(method in ("conv", "step"), "method", method, "choose conv or step")
@@ -330,7 +331,7 @@ class LSSL(nn.Module):
         d, l = self._discretize(rate), u.shape[-1]
         powers, C = squares(d.A_bar, l), d.C.transpose(0, 1)
         K = outputs(C, powers, d.B_bar[None])[0, ..., :l].to(u.dtype)        # the output of the state B_bar
-        K = torch.cat([K[..., :1] + self.D[..., None], K[..., 1:]], -1)      # D u: an impulse at k = 0
+        K = K + nn.functional.pad(self.D[..., None], (0, l - 1))             # D u: an impulse at k = 0
         y = fft_conv(u[:, None], K)                                          # (b, m, h, l)
         if state is None:
             return y.flatten(1, 2), None

@@ -528,7 +528,8 @@ class S4(nn.Module):
         """A sequence: u (b, h, l), state or None (see initial_state) -> y (b, m h, l), final state or None.
 
         rate: factor on the step size: 2.0 for a signal sampled half as often as in training
-        method: "conv", in parallel by FFT, or "step", the recurrence: the same numbers up to rounding
+        method: "conv", in parallel by FFT, or "step", the recurrence: the same numbers up to rounding,
+            which with FFT is relative to the largest of the sequence
         """
         check_tensor("u", u, ("b", self.d_model, "l"))
         require(method in ("conv", "step"), "method", method, "choose conv or step")
@@ -571,7 +572,7 @@ class S4(nn.Module):
             x = advance(powers, x, 1)                                        # meets C at k = 0
             y = outputs(C, powers, torch.cat([B_bar[None], x]))[..., :l]     # (1 + b, m, h, l)
             K, y_state = y[0], y[1:]                                         # K: output of the state B_bar
-        past = torch.cat([K[:m, :, :1] + self.D[..., None], K[:m, :, 1:]], -1)   # D u: an impulse at k = 0
+        past = K[:m] + nn.functional.pad(self.D[..., None], (0, l - 1))      # D u: an impulse at k = 0
         y = fft_conv(u[:, None], past)                                       # (b, m, h, l)
         if self.bidirectional:
             future = fft_conv(u.flip(-1)[:, None], K[m:]).flip(-1)           # sum_{j >= 0} K'_j u_{k+j}, ...

@@ -25,19 +25,20 @@ Vandermonde matrix, and with the right initial eigenvalues it works almost as we
 
 Why complex, and why 2 Re? The complex eigenvalues of a real matrix come in conjugate pairs, and a pair is one
 decaying oscillation. The second adds the conjugate of what the first adds: n/2 are stored, and y = 2 Re(C x).
+The 2 is part of the code's C in (2) to (4).
 
 Why zero-order hold? If u is constant between samples it solves (1) exactly, and for a diagonal A it costs one
 exponential. The bilinear transform belongs to a dense A, whose exponential is expensive (lssl.py, s4.py);
 disc="bilinear" has it here for comparison.
 
-The fast kernel. Write time with two digits, k = jT + i, T a few sqrt(l). Then A_bar^k = A_bar^{jT} A_bar^i:
+The fast kernel. Write time with two digits, k = jT + i, T about 2 sqrt(l). Then A_bar^k = A_bar^{jT} A_bar^i:
 
     K_{jT+i} = Re sum_n (2 C_n B_bar_n A_bar_n^{jT}) (A_bar_n^i)                                      (4)
 
-is one product of two small matrices, from n (T + l/T) powers instead of n l. They are computed in double
-precision, because a rounding error of A_bar grows k-fold in A_bar^k. The same two digits turn a state into
-its future outputs, and an input into the state that it leaves: a sequence of any length is a loop over
-chunks.
+is one product of two small matrices, from T + l/T powers of each A_bar instead of l. They are computed from
+factors in double precision, because a rounding error of A_bar grows k-fold in A_bar^k. The same two digits
+turn a state into its future outputs, and an input into the state that it leaves: a sequence of any length is
+a loop over chunks.
 
 What is trained: log_dt (one step size per feature), A, C and D. B stays 1: only the product C B matters.
 
@@ -122,8 +123,8 @@ def legs_eigenvalues(n: int) -> Tensor:
 def initial_A(measure: str, h: int, n: int, real_random: bool = False, imag_random: bool = False) -> Tensor:
     """The initial eigenvalues (arXiv 2206.11893, section 4), one of each conjugate pair: (h, n/2) complex128.
 
-    -Re A is 1/2, or uniform in (0, 1) with real_random; for diag-real, A = -(1 + i). The index i counts from
-    0 to n/2 - 1; with imag_random, and for diag-real with real_random, it is uniform in (0, n/2).
+    -Re A is 1/2, or uniform in (0.001, 1) with real_random; for diag-real, A = -(1 + i). i counts from 0
+    to n/2 - 1; with imag_random, and for diag-real with real_random, it is uniform in (0, n/2).
     """
     require(measure in MEASURES, "measure", measure, f"choose one of {', '.join(MEASURES)}")
     ok = not (imag_random and measure in ("diag-real", "diag-legs"))
@@ -175,7 +176,10 @@ class Discrete(NamedTuple):
 # ---- time in two digits ----
 
 def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """a^0, a^1, ..., a^(count - 1) on a new axis, (h, n) -> (h, count, n), by two digits of the exponent."""
+    """a^0, a^1, ..., a^(count - 1) on a new axis, (h, n) -> (h, count, n).
+
+    By a^(r j + i) = (a^r)^j a^i with r about sqrt(count), so that autograd keeps little.
+    """
     def first(a, count):
         """a^0 ... a^(count - 1) by one product after another: (h, n) -> (h, count, n)."""
         p = [torch.ones_like(a)]
@@ -190,14 +194,14 @@ def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 def two_digits(a: Tensor, l: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """low = a^i (h, T, n) in the precision of dtype, high = a^{jT} (h, J, n) in double precision, JT >= l."""
-    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # about 2 sqrt(l): measured
+    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # 2 sqrt(l) is fastest, measured
     return powers(a, T, COMPLEX[dtype]), powers(a ** T, -(-l // T), a.dtype)
 
 
 def as_real(z: Tensor, dtype: torch.dtype, conj: bool = False) -> Tensor:
     """Re z_1, Im z_1, Re z_2, ... (conj: of the conjugate), (.., n) -> (.., 2n).
 
-    Re sum_n v_n w_n is then the real product of as_real(v) and as_real(w, conj=True).
+    Re sum_n v_n w_n is then as_real(v) times as_real(w, conj=True): Re (a + ib)(c + id) = (a, b) (c, -d).
     """
     z = z.to(COMPLEX[dtype])
     return torch.view_as_real(z.conj().resolve_conj() if conj else z).flatten(-2)
@@ -222,8 +226,7 @@ def state_of_input(d: Discrete, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
     u = nn.functional.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))     # zeros in front add nothing
     x = torch.einsum("bhji,hin->bhjn", u, as_real(low.flip(1), u.dtype))     # each block of T by itself, ...
     x = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    x = x * (high.flip(1) * d.B_bar[:, None]).to(x.dtype)                    # ... decayed until the end, ...
-    return torch.view_as_complex(torch.view_as_real(x).sum(2))               # ... and summed
+    return (x * (high.flip(1) * d.B_bar[:, None]).to(x.dtype)).sum(2)        # ... decayed to the end, summed
 
 
 def fft_conv(u: Tensor, K: Tensor) -> Tensor:
@@ -266,15 +269,14 @@ class S4D(nn.Module):
         flags = {"train_B": train_B, "real_random": real_random, "imag_random": imag_random}
         for name, flag in flags.items():
             require(isinstance(flag, bool), name, flag, "pass True or False")
-        require(disc in tuple(DISCRETIZATIONS), "disc", disc, f"choose one of {', '.join(DISCRETIZATIONS)}")
-        ok = real_type in tuple(REAL_TYPES)
-        require(ok, "real_type", real_type, f"choose one of {', '.join(REAL_TYPES)}")
+        for name, value, known in (("disc", disc, DISCRETIZATIONS), ("real_type", real_type, REAL_TYPES)):
+            require(value in tuple(known), name, value, f"choose one of {', '.join(known)}")
         self.d_model, self.d_state, self.disc, self.real_type = d_model, d_state, disc, real_type
         h, n = d_model, d_state
-        A = initial_A(measure, h, n, real_random, imag_random).to(COMPLEX[torch.get_default_dtype()])
+        A, dtype = initial_A(measure, h, n, real_random, imag_random), torch.get_default_dtype()
         self.log_dt = nn.Parameter(math.log(dt_min) + torch.rand(h) * math.log(dt_max / dt_min))
-        self.log_A_real = nn.Parameter(REAL_TYPES[real_type][1](-A.real))
-        self.A_imag = nn.Parameter(A.imag.clone())
+        self.log_A_real = nn.Parameter(REAL_TYPES[real_type][1](-A.real).to(dtype))
+        self.A_imag = nn.Parameter(A.imag.to(dtype).contiguous())
         self.B = nn.Parameter(torch.tensor([1.0, 0.0]).repeat(h, n // 2, 1)) if train_B else None
         self.C = nn.Parameter(torch.randn(h, n // 2, 2) * 0.5 ** 0.5)
         self.D = nn.Parameter(torch.randn(h))
@@ -332,7 +334,8 @@ class S4D(nn.Module):
         """A sequence: u (b, h, l), state (b, h, n/2) or None -> y (b, h, l) as u, final state or None.
 
         rate: factor on the step size: 2.0 for a signal sampled half as often as in training
-        method: "conv", in parallel by FFT, or "step", the recurrence: the same numbers up to rounding
+        method: "conv", in parallel by FFT, or "step", the recurrence: the same numbers up to rounding,
+            which with FFT is relative to the largest of the sequence
         """
         check_tensor("u", u, ("b", self.d_model, "l"))
         require(method in ("conv", "step"), "method", method, "choose conv or step")
@@ -357,12 +360,11 @@ class S4D(nn.Module):
         d, l = self._discretize(rate), u.shape[-1]
         low, high = two_digits(d.A_bar, l, self.dtype)
         K = ssm_kernel(d, low, high, self.dtype)[:, :l]
-        y = fft_conv(u, torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], -1))   # D u: an impulse at k = 0
+        y = fft_conv(u, K + nn.functional.pad(self.D[:, None], (0, l - 1)))  # D u: an impulse at k = 0
         if state is None:
             return y, None
         state = state.to(COMPLEX[self.dtype])
-        A_bar_l = d.A_bar * high[:, -1] * low[:, (l - 1) % low.shape[1]]
-        last = (A_bar_l * state).to(state.dtype) + state_of_input(d, low, high, u)
+        last = (d.A_bar ** l * state).to(state.dtype) + state_of_input(d, low, high, u)
         return y + output_of_state(d, low, high, state)[..., :l], last
 
 

@@ -172,7 +172,7 @@ class Discrete(NamedTuple):
 def as_real(z: Tensor, dtype: torch.dtype, conj: bool = False) -> Tensor:
     """Re z_1, Im z_1, Re z_2, ... (conj: of the conjugate), (.., n) -> (.., 2n).
 
-    Re sum_n v_n w_n is then the real product of as_real(v) and as_real(w, conj=True).
+    Re sum_n v_n w_n is then as_real(v) times as_real(w, conj=True): Re (a + ib)(c + id) = (a, b) (c, -d).
     """
     z = z.to(COMPLEX[dtype])
     return torch.view_as_real(z.conj().resolve_conj() if conj else z).flatten(-2)

@@ -85,6 +85,18 @@ def test_kernel_is_the_impulse_response(case):
 
 
 @pytest.mark.parametrize("case", STATEFUL, **IDS)
+def test_default_dtype_of_half_precision(case):
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        layer = case.build()
+    finally:
+        torch.set_default_dtype(before)
+    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(layer(signal(2, case.h, 10))[0]).all()
+
+
+@pytest.mark.parametrize("case", STATEFUL, **IDS)
 def test_state_of_another_precision(case):
     layer = case.build()
     u, x = signal(2, case.h, 10), random_state(copy.deepcopy(layer).double(), 2)
