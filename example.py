@@ -8,14 +8,14 @@
 Sequential CIFAR-10: an image is a sequence of 1024 pixels, row by row, and the network names its class at the
 end. Pixels one above the other are 32 steps apart, so it has to remember. The binary edition is downloaded
 once (170 MB; not the Python edition: unpickling runs code from the file). Offline, a built-in task takes its
-place, see builtin_images. Recipe: AdamW with learning rate 0.01 and weight decay 0.01, but 0.001 and none for
-the recurrence (A, B, dt); cosine schedule; 10% of the images for validation; 200K parameters.
-Written to runs/<model>/, over an older run: metrics.csv and curves.png, every epoch; last.pt and best.pt (by
-validation accuracy), all it takes to go on; result.json, the test set scored once at the end with best.pt.
---model all adds comparison.txt and .png. --resume and --eval take the recipe from the checkpoint.
+place, see builtin_images. Recipe: AdamW with learning rate 0.01 and weight decay 0.01 on matrices, but 0.001
+and none for the recurrence (A, B, dt); cosine schedule; 10% of the images for validation; 170 to 235 thousand
+parameters. Written to runs/<model>/, over an older run, whose last.pt becomes previous.pt: metrics.csv and
+curves.png, every epoch; last.pt and best.pt (by validation accuracy), all it takes to go on, with the recipe;
+result.json, the test set scored once at the end with best.pt. --model all adds comparison.txt and .png.
 """
-import argparse, ctypes, hashlib, importlib, io, itertools, json, math, os, subprocess, sys, tarfile, tempfile
-import time, urllib.request
+import argparse, ctypes, hashlib, http.client, importlib, io, itertools, json, math, os, subprocess, sys
+import tarfile, tempfile, time, urllib.request
 from pathlib import Path
 import numpy as np
 import torch
@@ -49,7 +49,8 @@ def download(data_dir):
         (folder := Path(part) / FOLDER).mkdir()
         for name in (*TRAIN_FILES, "test_batch.bin"):           # only these, whatever else it holds
             (folder / name).write_bytes(tar.extractfile(f"{FOLDER}/{name}").read())
-        os.replace(folder, data_dir / FOLDER)
+        if not (data_dir / FOLDER).exists():                    # another process may have been first
+            os.replace(folder, data_dir / FOLDER)
 
 def read_batches(folder, *names):
     """Records of 3073 bytes (label, 1024 red, 1024 green, 1024 blue) -> images (n, 1024, 3), labels (n)."""
@@ -65,7 +66,7 @@ def builtin_images(n, seed):
     """The built-in task: images (n, 1024, 3) and labels (n), drawn with numpy.
 
     An image has five bands of six rows, two tinted warm and three cold. WHICH two is the class (10 in all).
-    The rest is random. All images hold as much warm as cold: neighbouring pixels alone do not tell the class.
+    The rest is random. So neither the mean colour nor a few neighbouring pixels tell the class.
     """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % 10)
@@ -84,7 +85,7 @@ def load_data(args, device):
     if args.data != "builtin" and not folder.exists():
         try:
             download(args.data_dir)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             if args.data == "cifar10" or WORLD > 1:     # several processes must not choose differently
                 sys.exit(f"example.py: no CIFAR-10 in {args.data_dir}, and the download failed: {error}")
             print(f"No CIFAR-10, for the download failed: {error}\nTraining on the built-in images instead.")
@@ -103,9 +104,9 @@ def load_data(args, device):
 class SequenceLayer(nn.Module):
     """Residual block x + dropout(mix(ssm(x))), normalized before the SSM if prenorm, otherwise after the sum.
 
-    norm: "layer" or "batch" (whose running statistics serve outside of training). activation: mix(y), where
-    g = dropout(gelu(y)), is "glu": (V g) * sigmoid(W g), "half_glu1": g * sigmoid(W g), "half_glu2":
-    y * sigmoid(W g), "gelu": gelu(y), "none": y.
+    norm: "layer" or "batch" (each process by its own share). activation: mix(y), where g = dropout(gelu(y)),
+    is "glu": (V g) * sigmoid(W g), "half_glu1": g * sigmoid(W g), "half_glu2": y * sigmoid(W g), "gelu":
+    gelu(y), "none": y.
     """
 
     def __init__(self, ssm, d_model, *, norm="layer", prenorm=False, activation="glu", dropout=0.1):
@@ -115,19 +116,18 @@ class SequenceLayer(nn.Module):
         self.out = nn.Linear(d_model, d_model * (1 + (activation == "glu"))) if "glu" in activation else None
 
     def keep(self, x):
-        """Dropout mask for x (b, .., h), tied over the length. Each process draws that of the whole batch
-        on the CPU and takes its share, so that neither the number of processes nor the device matters."""
-        ones = torch.ones(WORLD * len(x), *[1] * (x.ndim - 2), x.shape[-1])
+        """Dropout mask (b, 1, h): this process's share of one drawn on the CPU, whatever WORLD and device."""
+        ones = torch.ones(WORLD * len(x), 1, x.shape[-1])
         return F.dropout(ones, self.dropout, self.training)[RANK::WORLD].to(x)
 
     def forward(self, x, state=None, *, rate=1.0, discrete=None):
-        """x (b, l, h), state or None -> (b, l, h), next state; or one step, (b, h) -> (b, h)."""
+        """x (b, l, h), state or None -> (b, l, h), next state; with discrete one step, l = 1."""
         u = self.norm(x.flatten(0, -2)).view_as(x) if self.prenorm else x
-        if x.ndim == 3:
+        if discrete is None:
             y, state = self.ssm(u.transpose(1, 2).contiguous(), state, rate=rate)
-            y = y.transpose(1, 2).contiguous()
         else:
-            y, state = self.ssm.step(u, state, discrete=discrete)
+            y, state = self.ssm.step(u.squeeze(1), state, discrete=discrete)
+        y = y.reshape(len(x), x.shape[2], -1).transpose(1, 2).contiguous()  # a step has no l
         if self.out:
             g = F.gelu(y) * self.keep(y)
             a, z = y if self.activation == "half_glu2" else g, self.out(g)
@@ -174,11 +174,9 @@ class StackedSSM(nn.Module):
         """A sequence or its next chunk: x (b, l, *d_input), state or None -> output, next state or None."""
         before, total, count = state or ([None] * len(self.layers), 0, 0)
         x, after = self.encoder(((x - self.mean) / self.std).flatten(2)), []
-        x = x[:, 0] if discrete else x
         for layer, s, d in zip(self.layers, before, discrete or [None] * len(before)):
             x, s = layer(x, s, rate=rate, discrete=d)
             after.append(s)
-        x = x[:, None] if discrete else x
         total, count = total + x.sum(1, dtype=self.mean.dtype), count + x.shape[1]
         y = self.head(total / count if self.pool else x).unflatten(-1, self.d_output)
         return y, None if state is None else (after, total, count)
@@ -198,12 +196,11 @@ def build_network(args):
 def param_groups(model, lr, weight_decay):
     """Groups for AdamW with each trainable parameter exactly once. What a layer lists in ssm_lr gets that
     learning rate and no decay. Of the rest, matrices are decayed, and vectors (biases, norms, D) are not."""
-    special, groups = {}, {}
-    for module in model.modules():
-        for name, rate in getattr(module, "ssm_lr", {}).items():
-            special.setdefault(module.get_parameter(name), (rate, 0.0))
-    for p in (p for p in model.parameters() if p.requires_grad):
-        groups.setdefault(special.get(p, (lr, weight_decay * (p.ndim > 1))), []).append(p)
+    groups, special = {}, {module.get_parameter(name): (rate, 0.0) for module in model.modules()
+                           for name, rate in getattr(module, "ssm_lr", {}).items()}
+    for name, p in (pair for pair in model.named_parameters() if pair[1].requires_grad):
+        decay = weight_decay * (p.ndim > 1 and not name.endswith(".D"))         # in s4 and lssl D is (m, h)
+        groups.setdefault(special.get(p, (lr, decay)), []).append(p)
     return [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
 
 def plot(path, title, panels):
@@ -215,6 +212,7 @@ def plot(path, title, panels):
             ax.plot(x, y, ".-", label=name)
         ax.set(title=title, xlabel=x_label, ylabel=y_label)
         ax.legend()
+        ax.locator_params("x", integer=True)                    # no half epochs
     figure.savefig(path, dpi=110)
 
 def read_all(net, images, amp, piece=None, rate=1.0):
@@ -233,7 +231,7 @@ def train(args, net, images, labels, out, saved):
     """Train net on images (n, l, c), labels (n), from the checkpoint saved or None; returns its history."""
     device, order = images.device, torch.randperm(len(images), generator=torch.manual_seed(args.seed))
     val, rest = order.to(device).tensor_split([max(1, len(order) // 10)])
-    batch = min(args.batch_size, len(rest)) // WORLD * WORLD    # equal shares: the mean of means is the mean
+    batch = max(1, min(args.batch_size, len(rest)) // WORLD) * WORLD   # equal shares: mean of means = mean
     steps, history = len(rest) // batch, saved["history"] if saved else []
     net.std[:], net.mean[:] = torch.std_mean(images[rest[:5000]].float(), (0, 1))
     optimizer = torch.optim.AdamW(param_groups(net, args.lr, args.weight_decay))
@@ -261,7 +259,7 @@ def train(args, net, images, labels, out, saved):
             if end or step % 10 == 0 and sys.stdout.isatty():
                 (a, b), t = (sums / step).tolist(), (time.time() - start) / step * steps / 60
                 print(f"\repoch {epoch}, step {step}/{steps}: loss {a:.3f}, accuracy {b:.1%}, "
-                      f"{t:.1f} min/epoch, {t * (args.epochs + 1 - epoch):.0f} left", end=end, flush=True)
+                      f"{t:.1f} min/epoch, {t * (args.epochs + 1 - epoch):.0f} min left", end=end, flush=True)
         if WORLD > 1:
             dist.all_reduce(sums)
         loss, accuracy = (sums / steps / WORLD).tolist()
@@ -270,7 +268,7 @@ def train(args, net, images, labels, out, saved):
                         "val_loss": F.cross_entropy(scores, labels[val]).item(),
                         "val_accuracy": (scores.argmax(1) == labels[val]).float().mean().item()})
         print("\repoch {epoch}: train loss {train_loss:.4f}, accuracy {train_accuracy:.2%}; validation loss "
-              "{val_loss:.4f}, accuracy {val_accuracy:.2%}; {seconds:.1f} s{:<20}".format("", **history[-1]))
+              "{val_loss:.4f}, accuracy {val_accuracy:.2%}; {seconds} s".format(**history[-1]), flush=True)
         if RANK == 0:
             state = {name: part.state_dict() for name, part in parts.items()} | {
                 "args": {k: v for k, v in vars(args).items() if k not in NOT_RECIPE},
@@ -279,7 +277,7 @@ def train(args, net, images, labels, out, saved):
             for name in ("best.pt", "last.pt") if best else ("last.pt",):   # this order loses nothing
                 torch.save(state, out / "part")
                 os.replace(out / "part", out / name)  # the old file or the new, never half of it
-            rows = [history[0], *map(dict.values, history)]
+            rows = [history[0], *map(dict.values, history)]             # the first: names of the columns
             (out / "metrics.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
             plot(out / "curves.png", args.model, [("epoch", what, {
                 part: ([row["epoch"] for row in history], [row[f"{part}_{what}"] for row in history])
@@ -327,9 +325,9 @@ def keep_freed_memory():
             libc.mallopt(option, value)                         # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 def parse(argv):
-    """The command line: arguments and parser."""
+    """The command line as a namespace."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for flag, choices in {"model": ["s4d", *MODELS, *["all"][WORLD - 1:]], "norm": ["layer", "batch"],
+    for flag, choices in {"model": ["s4d", *MODELS, *["all"] * (WORLD == 1)], "norm": ["layer", "batch"],
                           "data": ["auto", "cifar10", "builtin"], "device": ["auto", "cpu", "cuda"],
                           "activation": ["glu", "gelu", "half_glu1", "half_glu2"]}.items():
         parser.add_argument(f"--{flag}", choices=choices, default=choices[0])
@@ -337,12 +335,12 @@ def parse(argv):
         parser.add_argument(f"--{flag}", action="store_true")
     for flag, default, low, text in (
             ("epochs", None, 1, "100, built-in 4"), ("batch-size", None, WORLD, "64, built-in 16"),
-            ("limit", None, 3, "use so many training and test images"), ("d-model", 128, 1, "features"),
+            ("limit", None, 2 * WORLD + 1, "training and test images"), ("d-model", 128, 1, "features"),
             ("d-state", None, 2, "default: the model's"), ("n-layers", None, 1, "4, mamba 2"),
             ("eval-limit", 256, 1, "test images to read pixel by pixel"), ("seed", 0, 0, ""),
             ("lr", 0.01, 0, ""), ("weight-decay", 0.01, 0, ""), ("dropout", 0.1, 0, "at most 1")):
         def number(text, kind=float if isinstance(default, float) else int, low=low, flag=flag):
-            if not low <= (x := kind(text)) <= (1 if flag == "dropout" else 1e9) or (low == 2 and x % 2):
+            if not low <= (x := kind(text)) <= (1e9, 1)[flag == "dropout"] or flag == "d-state" and x % 2:
                 raise argparse.ArgumentTypeError(f"{text} is not an allowed value (lowest {low})")
             return x
         parser.add_argument(f"--{flag}", type=number, default=default, help=text)
@@ -353,12 +351,12 @@ def parse(argv):
 def main(argv=None):
     """Train, resume or evaluate, as the command line says."""
     args = parse(argv)
+    if args.out.is_file() or args.eval and (args.model == "all" or not args.eval.is_file()):
+        sys.exit(f"example.py: --out {args.out} must be a folder, --eval {args.eval} one checkpoint")
     if args.model == "all":
         return compare_models(args, sys.argv[1:] if argv is None else argv)
     keep_freed_memory()
     out, saved = args.out / args.model, None
-    if args.eval and not args.eval.is_file():
-        sys.exit(f"example.py: there is no checkpoint {args.eval}")
     if args.eval or args.resume and (out / "last.pt").exists():
         saved = torch.load(args.eval or out / "last.pt", map_location="cpu", weights_only=True)
         vars(args).update(saved["args"])
@@ -379,22 +377,24 @@ def main(argv=None):
         net.load_state_dict(saved["model"])
         return compare_modes(net, test_images, test_labels, args)
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        history = train(args, net, images, labels, out, saved)
-    except KeyboardInterrupt:
-        sys.exit("\nStopped; the same command with --resume goes on after the last whole epoch.")
+    if RANK == 0 and not saved and (out / "last.pt").exists():    # or --resume would go on with the older run
+        os.replace(out / "last.pt", out / "previous.pt")
+    history = train(args, net, images, labels, out, saved)
     if RANK == 0:
         net.load_state_dict(torch.load(out / "best.pt", map_location=device, weights_only=True)["model"])
         accuracy, start = compare_modes(net, test_images, test_labels, args), time.time()
-        read_all(net, test_images[:1, :100], args.amp, piece=1)
-        memory = (torch.cuda.max_memory_allocated() if use_gpu else math.nan if os.name != "posix" else
-                  importlib.import_module("resource").getrusage(0).ru_maxrss * 1024)
+        read_all(net, test_images[:1, :100], args.amp, piece=1).cpu()       # 100 steps
+        peak = math.nan if os.name != "posix" else importlib.import_module("resource").getrusage(0).ru_maxrss
+        peak = torch.cuda.max_memory_allocated() if use_gpu else peak * (1024, 1)[sys.platform == "darwin"]
         (out / "result.json").write_text(json.dumps({
             "model": args.model, "data": args.data, "parameters": size, "modes": accuracy, "history": history,
             "test_accuracy": accuracy["in parallel"], "step_ms": 10 * (time.time() - start),
-            "epoch_seconds": np.mean([row["seconds"] for row in history]), "peak_memory_MB": memory / 1e6}))
+            "epoch_seconds": np.mean([row["seconds"] for row in history]), "peak_memory_MB": peak / 1e6}))
     if WORLD > 1:
         dist.destroy_process_group()
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nStopped; the same command with --resume goes on after the last whole epoch.")

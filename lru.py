@@ -33,10 +33,10 @@ where log lambda has its imaginary part in [-pi, pi): a phase just below 2 pi is
 
 Why a scan? With many inputs the kernel is an (h, h) matrix for each lag, so a convolution does not pay. But
 (1) is associative: two steps in a row, x -> a x + v and then x -> a' x + v', are one, x -> a'a x + (a' v +
-v'). So steps can be combined in any order, in a tree of depth log2(l) ("associative scan"). A tree reads and
-writes all of memory at each of its levels. Two levels are enough here: cut time into blocks of about sqrt(l)
-steps and run the plain recurrence in all blocks at once. That is 3 sqrt(l) steps, each of them wide, and two
-passes over memory.
+v'). So steps can be combined in any order, in a tree of depth log2(l) ("associative scan"). A tree goes
+through memory once or more for each of its levels. Two levels are enough here: cut time into blocks of about
+sqrt(l) steps and run the plain recurrence in all blocks at once. That is 3 sqrt(l) steps, each of them wide,
+and two passes over memory.
 
 Free-running dynamics, without input, from a state (b, n):
 
@@ -115,8 +115,8 @@ def ring(n: int, r_min: float, r_max: float, max_phase: float) -> tuple[Tensor, 
 
 def phi(z: Tensor) -> Tensor:
     """(exp(z) - 1) / z, which is 1 at z = 0. Near 0 the difference would cancel: there its Taylor series."""
-    small = z.abs() < 1e-3
-    series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5)))
+    small = z.abs() < 0.02
+    series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5 * (1 + z / 6 * (1 + z / 7)))))
     z = torch.where(small, 1, z)             # or the branch not taken would turn gradients into 0 * inf = nan
     return torch.where(small, series, (z.exp() - 1) / z)
 
@@ -166,8 +166,9 @@ class Scan(torch.autograd.Function):
 
     u (b, h, l), a (n), B (n, h), C (h, n) complex128, D (h), x0 (b, n) -> y (b, h, l), x_{l-1} (b, n).
     Gradient, with g_k = dL/dy_k and w_k = conj(dL/d(B u_k)): the adjoint recurrence w_k = a w_{k+1} + C^T g_k
-    is the same scan backwards in time. dL/da = conj(sum_k x_{k-1} w_k), dL/dB = conj(sum_k w_k u_k^T),
-    dL/dC = conj(sum_k g_k x_k^T), dL/du_k = Re(B^T w_k) + D g_k, dL/dx0 = conj(a w_0).
+    is the same scan backwards in time, to whose last w the gradient of x_{l-1} is added.
+    dL/da = conj(sum_k x_{k-1} w_k), dL/dB = conj(sum_k w_k u_k^T), dL/dC = conj(sum_k g_k x_k^T),
+    dL/du_k = Re(B^T w_k) + D g_k, dL/dx0 = conj(a w_0), with dL/dz = dL/d Re z + i dL/d Im z as in PyTorch.
     """
 
     generate_vmap_rule = True                                                # for torch.func.vmap
@@ -196,8 +197,9 @@ class Scan(torch.autograd.Function):
         g = torch.zeros_like(u) if g is None else g
         g_last = torch.zeros_like(x0) if g_last is None else g_last
         grad_D, grad_u = (g * u).sum((0, 2)), g * D[:, None]
-        halves = zip(*(t.chunk(2) for t in (u, x, x0, g, g_last, grad_u)))   # of the batch, to save memory
-        grad_a, grad_B, grad_C, grad_x0 = zip(*(Scan.adjoint(a, B, C, *half) for half in halves))
+        halves = zip(*(t.chunk(2) for t in (u, x, x0, g, g_last, grad_u)))   # w is as large as x
+        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # if it is called inside of one
+            grad_a, grad_B, grad_C, grad_x0 = zip(*(Scan.adjoint(a, B, C, *half) for half in halves))
         return grad_u, sum(grad_a), sum(grad_B), sum(grad_C), grad_D, torch.cat(grad_x0)
 
     @staticmethod
@@ -212,18 +214,15 @@ class Scan(torch.autograd.Function):
         direct = torch.view_as_real(w[:, :l]).flatten(-2)                    # C^T g, written in place
         direct.baddbmm_(g.mT, as_real(C, u.dtype).expand(b, -1, -1), beta=0)
         w[:, l - 1] += g_last.conj()
-        blocks, states = w.unflatten(1, (-1, T)), x.unflatten(1, (-1, T))
-        scan_in_place(blocks, a, torch.zeros_like(x0), reverse=True)
-        previous = torch.cat([x0[:, None], states[:, :-1, -1]], 1)           # x_{k-1} at the starts of blocks
-        total = torch.zeros_like(previous)
-        for x_i, w_i in zip(states.unbind(2), blocks.unbind(2)):
-            total.addcmul_(previous, w_i)
-            previous = x_i
-        grad_a = conj(torch.view_as_real(total).sum((0, 1)).flatten())
-        w, x = as_real(w[:, :l], u.dtype), as_real(x[:, :l], u.dtype)        # (b, l, 2n)
-        grad_u.baddbmm_(as_real(B.mT, u.dtype, conj=True).expand(b, -1, -1), w.mT)
-        grad_B, grad_C = conj(torch.bmm(u, w).sum(0)).mT, conj(torch.bmm(g, x).sum(0))
-        return grad_a, grad_B, grad_C, (a.to(x0.dtype) * blocks[:, 0, 0]).conj()
+        scan_in_place(w.unflatten(1, (-1, T)), a, torch.zeros_like(x0), reverse=True)
+        w, x = w[:, :l], x[:, :l]                                            # without the zeros after the end
+        grad_u.baddbmm_(as_real(B.mT, u.dtype, conj=True).expand(b, -1, -1), as_real(w, u.dtype).mT)
+        grad_B = conj(torch.bmm(u, as_real(w, u.dtype)).sum(0)).mT
+        grad_C = conj(torch.bmm(g, as_real(x, u.dtype)).sum(0))
+        grad_x0 = (a.to(x0.dtype) * w[:, 0]).conj()
+        w[:, 0] *= x0                                                        # from here on w_k is x_{k-1} w_k
+        w[:, 1:] *= x[:, :-1]
+        return w.sum((0, 1)).conj().to(a.dtype), grad_B, grad_C, grad_x0
 
 
 def powers_of(a: Tensor, count: int) -> Tensor:
@@ -306,14 +305,15 @@ class LRU(nn.Module):
     def _step(self, u: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
         """The recurrence (2) as it stands."""
         x = d.A_bar * x.to(d.A_bar.dtype) + u.to(d.B_bar.dtype) @ d.B_bar.mT
-        return ((x @ d.C.mT).real + self.D * u).to(u.dtype), x
+        return ((x @ d.C.mT).real + self.D.to(self.dtype) * u).to(u.dtype), x
 
     def forward(self, u: Tensor, state: Optional[Tensor] = None, *, rate: float = 1.0,
                 method: str = "scan") -> tuple[Tensor, Optional[Tensor]]:
         """A sequence: u (b, h, l), state (b, n) or None -> y (b, h, l) as u, final state or None.
 
         rate: factor on the step size: 2.0 for a signal sampled half as often as in training
-        method: "scan" or "conv", in parallel, or "step", the recurrence: the same numbers up to rounding
+        method: "scan" or "conv", in parallel, or "step", the recurrence: the same numbers up to rounding,
+            which with "conv" is relative to the largest of the sequence
         """
         check_tensor("u", u, ("b", self.d_model, "l"))
         require(method in ("scan", "conv", "step"), "method", method, "choose scan, conv or step")

@@ -11,8 +11,7 @@ The model. Each of the h features u(t) drives a linear system of its own with n 
 
     x'(t) = A x(t) + B u(t),     y(t) = C x(t) + D u(t).                                              (1)
 
-Sampled with step size dt this becomes a recurrence, and unrolled a convolution of u with a kernel K, plus D
-u:
+Sampled with step size dt this becomes a recurrence, and unrolled D u plus a convolution with a kernel K:
 
     x_k = A_bar x_{k-1} + B_bar u_k,     y_k = C x_k + D u_k,                                         (2)
     K_k = C A_bar^k B_bar.                                                                            (3)
@@ -29,13 +28,15 @@ Legendre polynomials P_i. With s the time before t, in the unit in which A is wr
 The state is a compressed history, and C reads from it what the task needs. Differs from HiPPO: LegS there has
 a factor 1/t and weighs all of the past equally; without it, as in this paper, the past fades with e^{-s}.
 
-Discretization. The generalized bilinear transform solves the step from k-1 to k with the weight alpha on its
-end:
+Discretization. The generalized bilinear transform takes A x at the end of a step with weight alpha, and at
+its beginning with 1 - alpha, and u_k for the whole step:
 
     A_bar = (1 - alpha dt A)^{-1} (1 + (1 - alpha) dt A),     B_bar = (1 - alpha dt A)^{-1} dt B       (6)
 
-alpha = 0 is forward Euler (explicit, unstable for large dt), 1 backward Euler, 1/2 bilinear: second order,
-and |eigenvalues| <= 1 for every dt > 0 if those of A lie in the left half plane.
+alpha = 0 is forward Euler, 1 backward Euler, 1/2 bilinear (second order in A). For alpha >= 1/2, the
+eigenvalues stay in the unit disk for every dt > 0 if those of A lie in the left half plane. Below, dt must be
+small: with LegS they allow dt <= 2 / ((1 - 2 alpha) n), but the powers of A_bar grow before they decay, and
+at alpha = 0, n = 64 already dt = 0.01 is too much.
 
 The fast kernel. l products with A_bar, one after another, are slow. Write time with two digits, k = jT + i:
 K_{jT+i} = (C A_bar^i) (A_bar^{jT} B_bar). Both factors come from the squares A_bar, A_bar^2, A_bar^4, ... by
@@ -46,8 +47,8 @@ and dt. A trained dense A is not kept stable by anything; S4 repairs that as wel
 which restricts a trained A to a structured class.
 
 Symbols: b batch, h features (d_model), n states (d_state), l length, m channels; u (b, h, l), y (b, m h, l);
-x (b, h, n); A (n, n) or (h, n, n), B (n) or (h, n), C (m, h, n), D (m, h), dt (h); A_bar (h, n, n), B_bar (h,
-n).
+x (b, h, n); A (n, n) or (h, n, n), B (n) or (h, n), C (m, h, n), D (m, h), dt (h); A_bar and B_bar as A and B
+of each feature.
 """
 
 import math
@@ -167,10 +168,10 @@ def krylov(powers: list[Tensor], x: Tensor) -> Tensor:
 
 def split_digits(powers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The squares that make up A_bar^i, i < T, and those of A_bar^{jT}, where k = jT + i, T a power of 2."""
-    return powers[:len(powers) // 2 + 2], powers[len(powers) // 2 + 2:]      # T about 4 sqrt(l): measured
+    return powers[:len(powers) // 2 + 2], powers[len(powers) // 2 + 2:]      # T = 4 sqrt(l) is fastest
 
 
-def outputs(C: Tensor, powers: list[Tensor], x: Tensor) -> Tensor:
+def output_of_dense_state(C: Tensor, powers: list[Tensor], x: Tensor) -> Tensor:
     """C A_bar^k x for the states x (b, h, n), C (h, m, n) and k < JT, by two digits of k: (b, m, h, JT)."""
     low, high = split_digits(powers)
     rows = krylov(low, C)                                                    # C A_bar^i: (h, T m, n)
@@ -217,7 +218,7 @@ class LSSL(nn.Module):
 
     d_model, d_state: number of features h; number of states n per feature
     measure: initial A and B: "legs" or "legt" (see hippo_legendre)
-    alpha: 0 forward Euler, 0.5 bilinear, 1 backward Euler, or anything in between
+    alpha: 0 forward Euler, 0.5 bilinear, 1 backward Euler, or anything in between (below 0.5 lower dt_max)
     channels: number m of outputs per feature; channel c of feature i is output c h + i
     train_A: "no" (LSSL-f), "shared" (one A and B for all features) or "each" (one for each feature)
     train_dt: train the step sizes
@@ -274,7 +275,7 @@ class LSSL(nn.Module):
         check_number("l", l, int)
         d = self._discretize(rate)
         with torch.autocast("cuda" if self.D.is_cuda else "cpu", enabled=False):
-            K = outputs(d.C.transpose(0, 1), squares(d.A_bar, l), d.B_bar[None])[0]
+            K = output_of_dense_state(d.C.transpose(0, 1), squares(d.A_bar, l), d.B_bar[None])[0]
         return K.flatten(0, 1)[:, :l].to(self.dtype)
 
     def initial_state(self, batch_size: int) -> Tensor:
@@ -330,7 +331,7 @@ class LSSL(nn.Module):
         """The convolution (3). A state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the final state."""
         d, l = self._discretize(rate), u.shape[-1]
         powers, C = squares(d.A_bar, l), d.C.transpose(0, 1)
-        K = outputs(C, powers, d.B_bar[None])[0, ..., :l].to(u.dtype)        # the output of the state B_bar
+        K = output_of_dense_state(C, powers, d.B_bar[None])[0, ..., :l].to(u.dtype)
         K = K + nn.functional.pad(self.D[..., None], (0, l - 1))             # D u: an impulse at k = 0
         y = fft_conv(u[:, None], K)                                          # (b, m, h, l)
         if state is None:
@@ -338,7 +339,7 @@ class LSSL(nn.Module):
         powers = [power.to(u.dtype) for power in powers]
         B_bar, C, x = d.B_bar.to(u.dtype), C.to(u.dtype), state.to(u.dtype)
         x = advance(powers, x, 1)
-        y = y + outputs(C, powers, x)[..., :l]
+        y = y + output_of_dense_state(C, powers, x)[..., :l]
         return y.flatten(1, 2), advance(powers, x, l - 1) + dense_state_of_input(B_bar, powers, u)
 
 

@@ -182,8 +182,8 @@ REAL_TYPES = {   # -Re A as a function of the parameter, and the inverse; "none"
 
 def phi(z: Tensor) -> Tensor:
     """(exp(z) - 1) / z, which is 1 at z = 0. Near 0 the difference would cancel: there its Taylor series."""
-    small = z.abs() < 1e-3
-    series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5)))
+    small = z.abs() < 0.02
+    series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5 * (1 + z / 6 * (1 + z / 7)))))
     z = torch.where(small, 1, z)             # or the branch not taken would turn gradients into 0 * inf = nan
     return torch.where(small, series, (z.exp() - 1) / z)
 
@@ -286,10 +286,10 @@ def krylov(powers: list[Tensor], x: Tensor) -> Tensor:
 
 def split_digits(powers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The squares that make up A_bar^i, i < T, and those of A_bar^{jT}, where k = jT + i, T a power of 2."""
-    return powers[:len(powers) // 2 + 2], powers[len(powers) // 2 + 2:]      # T about 4 sqrt(l): measured
+    return powers[:len(powers) // 2 + 2], powers[len(powers) // 2 + 2:]      # T = 4 sqrt(l) is fastest
 
 
-def outputs(C: Tensor, powers: list[Tensor], x: Tensor) -> Tensor:
+def output_of_dense_state(C: Tensor, powers: list[Tensor], x: Tensor) -> Tensor:
     """C A_bar^k x for the states x (b, h, n), C (h, m, n) and k < JT, by two digits of k: (b, m, h, JT)."""
     low, high = split_digits(powers)
     rows = krylov(low, C)                                                    # C A_bar^i: (h, T m, n)
@@ -570,7 +570,7 @@ class S4(nn.Module):
             powers = [power.to(self.dtype) for power in squares(d.A_bar, l)]
             B_bar, C, x = d.B_bar.to(self.dtype), d.C.transpose(0, 1).to(self.dtype), x.to(self.dtype)
             x = advance(powers, x, 1)                                        # meets C at k = 0
-            y = outputs(C, powers, torch.cat([B_bar[None], x]))[..., :l]     # (1 + b, m, h, l)
+            y = output_of_dense_state(C, powers, torch.cat([B_bar[None], x]))[..., :l]     # (1 + b, m, h, l)
             K, y_state = y[0], y[1:]                                         # K: output of the state B_bar
         past = K[:m] + nn.functional.pad(self.D[..., None], (0, l - 1))      # D u: an impulse at k = 0
         y = fft_conv(u[:, None], past)                                       # (b, m, h, l)

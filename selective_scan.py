@@ -8,7 +8,7 @@ figures/selective_scan.png` draws the figure.
 The model. Each of the d features u drives n real numbers x of its own (paper, section 3.2, Algorithm 2),
 
     x_k = exp(dt_k A) x_{k-1} + dt_k B_k u_k,     y_k = C_k x_k + D u_k,                              (1)
-    dt_k = softplus(W u_k + bias),  B_k = W_B u_k,  C_k = W_C u_k.                                    (2)
+    dt_k = rate softplus(W u_k + bias),     B_k = W_B u_k,     C_k = W_C u_k.                         (2)
 
 What was wrong before. All layers from LSSL to LRU are time-invariant: they treat every sample alike, so they
 cannot decide by its content what to keep. In (1), dt_k -> 0 skips a sample and leaves the state as it is, and
@@ -33,13 +33,13 @@ steps:
        block, one block after another;
     2. run all blocks again from their true starts, and emit y.
 
-So memory is O(b d n sqrt(l)) beyond input and output. Backward, the starts of the blocks are what was saved.
-The adjoint m = dL/dx runs the same two passes backwards in time, and the states are recomputed for an eighth
-of the blocks at a time. A cumulative product of exp(dt A) and a division by it would be shorter, but it
-underflows: exp(-110) is 0 in float32, and 0 / 0 is nan.
+So forward, memory is O(b d n sqrt(l)) beyond input and output. Backward, the starts of the blocks are what
+was saved. The adjoint m = dL/dx runs the same two passes backwards in time, and the states are recomputed for
+an eighth of the blocks at a time: with their decays, b d n l / 4 numbers. A cumulative product of exp(dt A)
+and a division by it would be shorter, but it underflows: exp(-110) is 0 in float32, and 0 / 0 is nan.
 
 What is trained: x_proj (W_B, W_C and the first factor of W), dt_proj, A_log and D, all at the main learning
-rate.
+rate unless lr is given.
 
 Symbols: b batch, d features, n states per feature (d_state), l length; u, dt, y, z (b, d, l); B, C (b, n, l);
 A (d, n); x (b, d, n), inside the scan (b, n, d); blocks: time k = jT + i, as (T, J, ...).
@@ -96,7 +96,7 @@ def learning_rates(layer: nn.Module, lr, names: dict) -> dict:
 # ---- the scan ----
 
 def to_blocks(u: Tensor) -> Tensor:
-    """(b, h, l) -> (T, J, b, h) with time k = jT + i, T about sqrt(l); a view, unless zeros are added."""
+    """(b, c, l) -> (T, J, b, c) with time k = jT + i, T about sqrt(l); a view, unless zeros are added."""
     l = u.shape[-1]
     T = math.isqrt(l - 1) + 1
     J = -(-l // T)
@@ -105,7 +105,7 @@ def to_blocks(u: Tensor) -> Tensor:
 
 
 def each_step(*blocks: Tensor, reverse: bool = False):
-    """The steps i = 0 ... T - 1, or backwards, of (T, J, b, h) tensors, made contiguous eight at a time."""
+    """The steps i = 0 ... T - 1, or backwards, of (T, J, b, c) tensors; eight at a time are copied."""
     starts = range(0, len(blocks[0]), 8)
     for start in reversed(starts) if reverse else starts:
         rows = list(zip(*(block[start:start + 8].contiguous() for block in blocks)))
@@ -116,8 +116,10 @@ class SelectiveScan(torch.autograd.Function):
     """Equation (1) without D, in blocks; dt = 0 after the end keeps the state.
 
     dt, u (b, d, l), B, C (b, n, l), A (n, d), x0 (b, n, d) -> y (b, d, l), last state (b, n, d). A step works
-    on arrays (J, b, n, d). Gradient: m_k = dL/dx_k = C_k dL/dy_k + exp(dt_{k+1} A) m_{k+1}, and the others
-    follow from m_k and x_{k-1} by the product rule in (1).
+    on arrays (J, b, n, d). Gradient, with g_k = dL/dy_k: m_k = dL/dx_k = C_k g_k + exp(dt_{k+1} A) m_{k+1},
+    where the gradient of the last state stands for m_l. With v_k = dt_k u_k, s_k = m_k exp(dt_k A) x_{k-1}:
+    dL/dC_k = x_k g_k, dL/dB_k = m_k v_k, dL/dv_k = B_k m_k, dL/dA = sum_k dt_k s_k,
+    dL/du_k = dt_k dL/dv_k and dL/ddt_k = u_k dL/dv_k + sum_n A s_k.
     """
 
     generate_vmap_rule = True                                                # for torch.func.vmap
@@ -150,7 +152,7 @@ class SelectiveScan(torch.autograd.Function):
     def backward(ctx, grad_y, grad_last, _):
         dt, u, B, C, A, x0, starts = ctx.saved_tensors
         l, (dt, u, B, C, g) = u.shape[-1], map(to_blocks, (dt, u, B, C, grad_y))
-        m, grad_x0 = torch.zeros_like(starts), grad_last                 # at starts, if nothing follows
+        m, grad_x0 = torch.zeros_like(starts), grad_last                     # first as if nothing came after
         for dt_i, C_i, g_i in each_step(dt, C, g, reverse=True):
             m.addcmul_(C_i[..., None], g_i[:, :, None]).mul_((dt_i[:, :, None] * A).exp_())
         decay = (dt.sum(0)[:, :, None] * A).exp_()
@@ -198,7 +200,8 @@ def selective_scan_fn(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
                       z: Optional[Tensor] = None, delta_bias: Optional[Tensor] = None,
                       delta_softplus: bool = False, return_last_state: bool = False,
                       initial_state: Optional[Tensor] = None, scan=None):
-    """Equation (1) for given dt, B and C; stands in for the CUDA function of the same name on any device.
+    """Equation (1) for given dt, B and C; stands in for the CUDA function of the same name on any device, for
+    real A, and B and C that vary in time.
 
     u, delta, z (b, d, l), A (d, n), B, C (b, n, l), D, delta_bias (d), initial_state (b, d, n) or None: zeros
     dt = delta + delta_bias, or with delta_softplus the softplus of that; z: multiplies the output by silu(z)
@@ -254,7 +257,8 @@ class SelectiveSSM(nn.Module):
     d_model, d_state: number of features d; number of states n per feature
     dt_rank: W in (2) has this rank; "auto" for d / 16, rounded up
     dt_min, dt_max: the step sizes start log-uniform in between, for u = 0
-    lr: learning rates of dt, A and B (with C) for the optimizer, recorded in `ssm_lr` (see learning_rates)
+    lr: learning rates of dt (dt_proj), A and B (x_proj: B, C and the first factor of W) for the optimizer,
+        recorded in `ssm_lr` (see learning_rates)
     Raises ValueError for any other value. A starts at -1, ..., -n (S4D-Real), D at 1.
     """
 
@@ -310,7 +314,7 @@ class SelectiveSSM(nn.Module):
         d = self.discretize(rate) if discrete is None else discrete
         dt, B, C = (p[..., 0] for p in self._selected(u[..., None].to(self.dtype), d.rate))
         x = torch.exp(dt[..., None] * d.A) * state + (dt * u)[..., None] * B[:, None]
-        return ((x * C[:, None]).sum(-1) + self.D * u).to(u.dtype), x.to(d.A.dtype)
+        return ((x * C[:, None]).sum(-1) + self.D.to(self.dtype) * u).to(u.dtype), x.to(self.dtype)
 
     def forward(self, u: Tensor, state: Optional[Tensor] = None, *, rate: float = 1.0,
                 method: str = "scan") -> tuple[Tensor, Optional[Tensor]]:
@@ -355,7 +359,8 @@ class Mamba(SelectiveSSM):
 
     d_model, d_state: number of features h; number of states n per inner feature
     d_conv: length of the causal convolution over each feature. It counts samples: rate does not change it
-    expand, dt_rank, dt_min, dt_max, lr: d = expand h, and as of SelectiveSSM with d features
+    expand, dt_rank: d = expand h; "auto" for h / 16, rounded up
+    dt_min, dt_max, lr: as of SelectiveSSM
     Raises ValueError for any other value. Parameters are named as in the official block.
     """
 

@@ -21,6 +21,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import example  # noqa: E402
+from s4 import S4  # noqa: E402
 from s4d import S4D  # noqa: E402
 
 TINY = ["--data", "builtin", "--limit", "40", "--d-model", "8", "--d-state", "4", "--n-layers", "2",
@@ -281,6 +282,10 @@ def test_param_groups():
     assert of[ssm.log_dt] == of[ssm.log_A_real] == of[ssm.A_imag] == (1e-3, 0.0)
     assert of[ssm.C] == of[net.encoder.weight] == (0.01, 0.02)
     assert of[net.encoder.bias] == of[ssm.D] == (0.01, 0.0)
+    s4 = S4(4, 4)                                            # whose D is a matrix (m, h), one row a channel
+    of = {p: group["weight_decay"] for group in example.param_groups(nn.Sequential(s4), 0.01, 0.02)
+          for p in group["params"]}
+    assert of[s4.D] == 0.0 and of[s4.C] == 0.02
 
 
 # ---------------------------------------------------------------- the command
@@ -333,6 +338,27 @@ def test_kill_and_resume_gives_the_same_weights(trained, tmp_path):
     for name in ("last.pt", "best.pt"):
         resumed, uninterrupted = weights(tmp_path / "s4d" / name), weights(out / name)
         assert all(torch.equal(resumed[key], uninterrupted[key]) for key in uninterrupted)
+
+
+def test_a_new_run_moves_the_checkpoint_of_an_older_one_away(tmp_path, trained):
+    folder = tmp_path / "s4d"
+    folder.mkdir()
+    (folder / "last.pt").write_bytes((trained[0] / "last.pt").read_bytes())
+    process = start(tmp_path, "--epochs", "1000", "--d-model", "4")
+    while not (folder / "previous.pt").exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert (folder / "previous.pt").read_bytes() == (trained[0] / "last.pt").read_bytes()
+    finish(start(tmp_path, "--epochs", "1", "--d-model", "4", "--resume"))       # and does not go on with it
+    assert load(folder / "last.pt")["args"]["d_model"] == 4
+
+
+def test_two_processes_may_download_at_once(archive, tmp_path, monkeypatch):
+    example.download(tmp_path)
+    before = {path.name: path.stat().st_ino for path in (tmp_path / example.FOLDER).iterdir()}
+    example.download(tmp_path)                               # comes second: leaves the first in place
+    assert {path.name: path.stat().st_ino for path in (tmp_path / example.FOLDER).iterdir()} == before
 
 
 def test_ctrl_c_ends_cleanly(tmp_path):
@@ -389,7 +415,8 @@ def test_all_models_are_compared(tmp_path):
     (["--dropout", "1.5"], "--dropout"), (["--model", "transformer"], "--model"), (["--data", "x"], "--data"),
     (["--lr", "nan"], "--lr"), (["--norm", "none"], "--norm"), (["--d-state", "3"], "--d-state"),
     (["--eval", "nowhere.pt"], "nowhere"), (["--weight-decay", "-1"], "--weight"),
-    (["--seed", "-1"], "--seed"),
+    (["--seed", "-1"], "--seed"), (["--model", "all", "--eval", __file__], "one checkpoint"),
+    (["--out", __file__], "must be a folder"),
 ])
 def test_bad_flags(flags, message, capsys, tmp_path):
     with pytest.raises(SystemExit) as error:

@@ -6,7 +6,7 @@ import torch
 
 import oracle
 from layers import error, signal
-from lssl import LSSL, MEASURES, discretize_gbt, hippo_legendre, krylov, outputs, reconstruct, squares
+from lssl import LSSL, MEASURES, discretize_gbt, hippo_legendre, krylov, output_of_dense_state, reconstruct, squares
 from test_golden import load
 
 
@@ -112,7 +112,7 @@ def test_outputs_of_the_state_B_bar_are_the_kernel():
         for _ in range(l):
             expected.append((C @ x)[..., 0].mT)
             x = A_bar @ x
-        assert error(outputs(C, powers, B_bar[None])[0, ..., :l], torch.stack(expected, -1)) <= 1e-12
+        assert error(output_of_dense_state(C, powers, B_bar[None])[0, ..., :l], torch.stack(expected, -1)) <= 1e-12
     assert error(krylov(squares(A_bar, 4), C)[:, 9:], C @ A_bar @ A_bar @ A_bar) <= 1e-12
 
 

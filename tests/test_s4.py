@@ -10,8 +10,8 @@ import oracle
 from dss import DSS
 from gss import GSS
 from layers import error, parameters, random_state, signal
-from s4 import (MEASURES, REAL_TYPES, S4, diagonal, diagonal_kernel, hippo, nplr, nplr_kernel, outputs, real_form,
-                squares, stack)
+from s4 import (MEASURES, REAL_TYPES, S4, diagonal, diagonal_kernel, hippo, nplr, nplr_kernel,
+                output_of_dense_state, real_form, squares, stack)
 from s4d import S4D, initial_A
 from test_golden import load
 from test_modes import gradients
@@ -128,7 +128,7 @@ def test_long_kernels_stay_accurate(exact, tolerance):
     A_bar = torch.linalg.solve(identity - half, identity + half)
     B_bar = torch.linalg.solve(identity - half, (dt[:, None] * stack(B))[..., None])[..., 0]
     C_real = 2 * torch.cat([C, 0 * C], -1).double().transpose(0, 1)
-    expected = outputs(C_real, squares(A_bar, l), B_bar[None])[0]
+    expected = output_of_dense_state(C_real, squares(A_bar, l), B_bar[None])[0]
     assert error(nplr_kernel(Lambda, B, P, C.to(B.dtype), dt, l, exact), expected) <= tolerance
 
 

@@ -185,3 +185,14 @@ def test_a_second_derivative_is_refused():
     gradient, = torch.autograd.grad(layer(u)[0].square().sum(), u, create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("method", ["scan", "conv", "step"])
+def test_gradients_of_a_growing_system_are_finite(method):
+    """The state goes on growing in the zeros after the end, beyond float32; that must not reach the gradient."""
+    layer = S5(2, 4, dt_min=1.0, dt_max=1.0)
+    layer.Lambda_re.data.fill_(4.0)
+    y, _ = layer(signal(1, 2, 21), method=method)
+    (y / y.detach().abs().max()).sum().backward()
+    assert torch.isfinite(y).all() and y.abs().max() > 1e30
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
