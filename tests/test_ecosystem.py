@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 from torch.nn.parallel import DistributedDataParallel
 
 from layers import CASES, error, leaves, random_state, signal
@@ -17,10 +17,12 @@ LAYERS = {"LSSL": "lssl", "S4": "s4", "DSS": "dss", "S4D": "s4d", "GSS": "gss", 
           "SelectiveSSM": "selective", "Mamba": "mamba"}
 
 # True: the same numbers, silently; "warns": the same numbers; another text: it stands in the error
-GOOD = dict.fromkeys(["DistributedDataParallel", "torch.func.grad", "torch.func.vmap", "torch.compile",
-                      "torch.export"], True)
+GOOD = dict.fromkeys(["DistributedDataParallel", "torch.func.grad", "torch.func.vmap", "an ensemble", "jacrev",
+                      "torch.compile", "torch.export"], True)
 EXPECTED = dict.fromkeys(["LSSL", "S4", "DSS", "S4D", "GSS"], GOOD) | \
-    dict.fromkeys(["S5", "LRU", "SelectiveSSM", "Mamba"], GOOD | {"torch.func.vmap": "warns"})
+    dict.fromkeys(["S5", "LRU", "SelectiveSSM", "Mamba"], GOOD | {
+        "torch.func.vmap": "warns", "an ensemble": "not possible", "jacrev": "not possible"})
+EXPECTED["Mamba"] = EXPECTED["Mamba"] | {"an ensemble": "warns"}      # its scan has no input that all share
 
 
 def build(cls):
@@ -58,6 +60,20 @@ def by_vmap(layer, u, **options):
     return y, {name: gradient.sum(0) for name, gradient in gradients.items()}
 
 
+def by_ensemble(layer, u, **options):
+    """torch.func.vmap over the parameters of two equal layers, which share the input."""
+    y = vmap(lambda *state: functional_call(layer, state, (u,), options)[0])(*stack_module_state([layer, layer]))
+    assert torch.equal(y[0], y[1])
+    return y[0], {}
+
+
+def by_jacobian(layer, u, **options):
+    """The gradients from the Jacobian of the output in the parameters: sum_k 2 y_k dy_k."""
+    y, _ = layer(u, **options)
+    jacobian = jacrev(lambda parameters: functional_call(layer, parameters, (u,), options)[0])(trained(layer))
+    return y, {name: torch.tensordot(2 * y, matrix, y.ndim) for name, matrix in jacobian.items()}
+
+
 def by_compiler(layer, u):
     """The same by torch.compile in one graph; this back end traces both passes and generates no code."""
     torch._dynamo.reset()
@@ -68,6 +84,8 @@ FEATURES = {
     "DistributedDataParallel": lambda layer, u: run(layer, DistributedDataParallel(layer), u),
     "torch.func.grad": by_func,
     "torch.func.vmap": by_vmap,
+    "an ensemble": by_ensemble,
+    "jacrev": by_jacobian,
     "torch.compile": by_compiler,
     "torch.export": lambda layer, u: (torch.export.export(layer, (u,)).module()(u)[0], {}),
 }
@@ -108,10 +126,10 @@ def test_the_table(cls, feature, process_group):
 def test_torch_func_works_in_the_other_modes(cls, method):
     case, layer, u = build(cls)
     expected, gradients = run(layer, layer, u)
-    for by in (by_func, by_vmap):
+    for by in (by_func, by_vmap, by_ensemble, by_jacobian):
         y, found = by(layer, u, method=method)
         assert error(y, expected) <= 1e-5
-        assert all(error(found[name], gradient) <= 1e-5 for name, gradient in gradients.items())
+        assert all(error(gradient, gradients[name]) <= 1e-5 for name, gradient in found.items())
 
 
 @pytest.mark.parametrize("cls", LAYERS)
