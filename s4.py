@@ -235,7 +235,7 @@ def nplr_kernel(Lambda: Tensor, B: Tensor, P: Tensor, C: Tensor, dt: Tensor, l: 
     w = dt[:, None] * Lambda
     # the denominators of all features, states and nodes: (h, n/2, nodes)
     G = (s ** 2 - 2 * s * w.real[..., None] + (w.real ** 2 + w.imag ** 2)[..., None]).reciprocal()
-    # all Cauchy sums as a table with the rows C_1, ..., C_m, P_1*, ..., P_r* and the columns B, P_1, ..., P_r
+    # all Cauchy sums 2 (s Re v - Re(v w*)) G as a table: rows C_1 ... C_m, P_1* ... P_r*, columns B, P_1 ...
     rows, columns = torch.cat([C, P.conj()]), dt[:, None] * torch.cat([B[None], P])
     v = torch.einsum("ahn,chn->hacn", rows, columns)
     v = torch.stack([v.real, -(v * w[:, None, None].conj()).real], 1)        # (h, 2, m + r, 1 + r, n/2)
@@ -245,7 +245,7 @@ def nplr_kernel(Lambda: Tensor, B: Tensor, P: Tensor, C: Tensor, dt: Tensor, l: 
     # (in any order: Re Lambda < Re s keeps the pivots away from 0)
     one = torch.eye(len(P), dtype=dt.dtype, device=dt.device)
     table = table + nn.functional.pad(one, (1, 0, len(C), 0))[:, :, None]
-    for _ in P:
+    for _ in range(len(P)):
         table = table[:, :-1, :-1] - table[:, :-1, -1:] * table[:, -1:, :-1] / table[:, -1:, -1:]
     K = torch.fft.irfft((1 + s / 2) * table[:, :, 0], M)[..., :l]            # 2 / (1 + z) = 1 + s / 2
     return K.transpose(0, 1) * radius ** -torch.arange(l, dtype=torch.float64, device=dt.device)
