@@ -345,7 +345,8 @@ def test_a_new_run_moves_the_checkpoint_of_an_older_one_away(tmp_path, trained):
     folder.mkdir()
     (folder / "last.pt").write_bytes((trained[0] / "last.pt").read_bytes())
     process = start(tmp_path, "--epochs", "1000", "--d-model", "4")
-    while not (folder / "previous.pt").exists() and process.poll() is None:
+    end = time.time() + 60                                   # without previous.pt: fail, do not wait
+    while not (folder / "previous.pt").exists() and process.poll() is None and time.time() < end:
         time.sleep(0.001)
     process.kill()
     process.communicate()
