@@ -1,428 +1,268 @@
-"""S4D, the diagonal state space layer: S4 with everything removed that can be removed.
+"""S4D: S4 with a diagonal state matrix.
 
-    Gu, Gupta, Goel, Re: On the Parameterization and Initialization of Diagonal State Space Models (2022),
-    arXiv 2206.11893
+    Gu, Gupta, Goel, Re: On the Parameterization and Initialization of Diagonal State
+    Space Models (2022), arXiv 2206.11893.            Try it: python s4d.py
 
-`python s4d.py` checks all modes against each other, `python s4d.py figures/s4d.png` draws the figure.
+Each of the h features u(t) drives a linear system of its own, with n states:
 
-The model. Each of the h features u(t) drives a linear system of its own with n states,
+    x'(t) = A x(t) + B u(t),    y(t) = C x(t) + D u(t).                            (1)
 
-    x'(t) = A x(t) + B u(t),     y(t) = C x(t) + D u(t).                                              (1)
+If u is constant between samples dt apart (zero-order hold), this is the recurrence
 
-Sampled with step size dt this becomes a recurrence, with x_{-1} = 0 or the state that was handed over,
+    x_k = A_bar x_{k-1} + B_bar u_k,    y_k = C x_k + D u_k,                       (2)
+    A_bar = exp(dt A),    B_bar = A^{-1} (A_bar - 1) B,
 
-    x_k = A_bar x_{k-1} + B_bar u_k,     y_k = C x_k + D u_k,                                         (2)
+and unrolled, from x_{-1} = 0, a convolution with a kernel:
 
-and unrolled, y is a convolution of u with a kernel K, plus D u:
+    y = K * u + D u,    K_k = C A_bar^k B_bar.                                     (3)
 
-    K_k = C A_bar^k B_bar.                                                                            (3)
+Train with (3): the whole sequence at once, by FFT. Generate with (2): one sample at a
+time. They are one function, so a state can also enter and leave a convolution.
 
-Training uses (3), in parallel over the whole sequence by FFT; generation uses (2), one step at a time.
+What was wrong before. S4 takes for A the dense HiPPO matrix, and needs much algebra for
+its kernel. S4D keeps n eigenvalues alone. A is then a vector, and (3) is the product of
+C B_bar with the powers of A_bar, a Vandermonde matrix.
 
-What came before. S4 keeps A = diagonal minus low rank, to start from the HiPPO matrix, and pays with a Cauchy
-kernel and the Woodbury identity. S4D drops the low-rank part: A is n numbers, (3) is a product with a
-Vandermonde matrix, and with the right initial eigenvalues it works almost as well.
+Why complex, and why 2 Re? The eigenvalues of a real matrix come in conjugate pairs, and
+the second of a pair adds the conjugate of what the first adds. So n/2 are stored, and
+C x stands for 2 Re(C x).
 
-Why complex, and why 2 Re? The complex eigenvalues of a real matrix come in conjugate pairs, and a pair is one
-decaying oscillation. The second adds the conjugate of what the first adds: n/2 are stored, and y = 2 Re(C x).
-The 2 is part of the code's C in (2) to (4).
+Why is B not trained? In (3) only the product C B_bar matters. B is 1.
 
-Why zero-order hold? If u is constant between samples it solves (1) exactly, and for a diagonal A it costs one
-exponential. The bilinear transform belongs to a dense A, whose exponential is expensive (lssl.py, s4.py);
-disc="bilinear" has it here for comparison.
-
-The fast kernel. Write time with two digits, k = jT + i, T about 2 sqrt(l). Then A_bar^k = A_bar^{jT} A_bar^i:
-
-    K_{jT+i} = Re sum_n (2 C_n B_bar_n A_bar_n^{jT}) (A_bar_n^i)                                      (4)
-
-is one product of two small matrices, from T + l/T powers of each A_bar instead of l. They are computed from
-factors in double precision, because a rounding error of A_bar grows k-fold in A_bar^k. The same two digits
-turn a state into its future outputs, and an input into the state that it leaves: a sequence of any length is
-a loop over chunks.
-
-What is trained: log_dt (one step size per feature), A, C and D. B stays 1: only the product C B matters.
-
-Symbols: b batch, h features (d_model), n states (d_state; n/2 are stored), l length; u, y (b, h, l);
-x (b, h, n/2) complex; A, B, A_bar, B_bar, C (h, n/2) complex; dt, D (h); K (h, l).
+Symbols: b batch, h features (d_model), n states (d_state), l length.
+u, y (b, h, l); x (b, h, n/2) and A, A_bar, B_bar, C (h, n/2) complex; dt, D (h); K (h, l).
 """
 
 import math
-import sys
-import time
-from typing import NamedTuple, Optional
 
 import torch
-from torch import Tensor, nn
-
-
-COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
-
-
-# ---- arguments ----
-
-def require(ok: bool, name: str, value, remedy: str) -> None:
-    """Raise a ValueError that names the argument, the value received and the remedy."""
-    if not ok:
-        raise ValueError(f"{name} = {value!r}: {remedy}")
-
-
-def check_number(name: str, value, kind: type = float, even: bool = False) -> None:
-    """value must be a positive, finite number; with kind=int a whole one."""
-    ok = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
-    remedy = f"pass a positive {'even ' * even}int" if kind is int else "pass a positive, finite number"
-    require(ok and not (even and value % 2), name, value, remedy)
-
-
-def check_tensor(name: str, x, shape: tuple, kind: str = "floating_point") -> None:
-    """x must be a tensor of this kind and shape, in which a letter stands for any size from 1 up."""
-    ok = isinstance(x, Tensor) and getattr(x, f"is_{kind}")() and x.ndim == len(shape)
-    ok = ok and all(got > 0 if isinstance(want, str) else got == want for got, want in zip(x.shape, shape))
-    got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else x
-    require(ok, name, got, f"pass a {kind.replace('_', ' ')} tensor ({', '.join(map(str, shape))})")
-
-
-def learning_rates(layer: nn.Module, lr, names: dict) -> dict:
-    """{parameter: learning rate} for lr = one rate, a dict by short name (1e-3 if left out) or None (empty).
-
-    names: {short name: its parameters}. The rate 0.0 freezes a parameter.
-    """
-    rates = {} if lr is None else dict.fromkeys(names, 1e-3 if isinstance(lr, dict) else lr)
-    rates |= lr if isinstance(lr, dict) else {}
-    for short, rate in rates.items():
-        ok = short in names and isinstance(rate, (int, float)) and 0 <= rate < math.inf
-        require(ok, "lr", lr, f"pass None, a rate >= 0, or a dict of such rates for {', '.join(names)}")
-    found = {name: rate for short, rate in rates.items() for name in names[short]}
-    for name, parameter in layer.named_parameters():
-        parameter.requires_grad_(found.get(name, 1.0) > 0)
-    return {name: float(found[name]) for name, _ in layer.named_parameters() if name in found}
-
-
-# ---- the matrix A ----
-
-MEASURES = ("diag-lin", "diag-inv", "diag-quad", "diag-real", "diag-legs")
-
-REAL_TYPES = {   # -Re A as a function of the parameter, and the inverse; "none" does not keep it positive
-    "exp": (torch.exp, torch.log),
-    "relu": (lambda raw: raw.relu() + 1e-4, lambda value: (value - 1e-4).clamp(min=1e-4)),
-    "softplus": (nn.functional.softplus, lambda value: value + torch.log(-torch.expm1(-value))),
-    "none": (lambda raw: raw, lambda value: value),
-}
-
-
-def legs_eigenvalues(n: int) -> Tensor:
-    """Imaginary parts > 0 of the eigenvalues of -1/2 + S, the normal part of HiPPO-LegS, descending: (n/2).
-
-    S is skew-symmetric with S_ij = sqrt((2i+1)(2j+1)) / 2 above the diagonal (arXiv 2206.11893, section 4),
-    so i S is Hermitian and its eigenvalues are real and sorted.
-    """
-    p = torch.sqrt(2 * torch.arange(n, dtype=torch.float64) + 1)
-    S = torch.triu(p[:, None] * p / 2, 1)
-    return torch.linalg.eigvalsh(1j * (S - S.mT)).flip(0)[:n // 2]
-
-
-def initial_A(measure: str, h: int, n: int, real_random: bool = False, imag_random: bool = False) -> Tensor:
-    """The initial eigenvalues (arXiv 2206.11893, section 4), one of each conjugate pair: (h, n/2) complex128.
-
-    -Re A is 1/2, or uniform in (0.001, 1) with real_random; for diag-real, A = -(1 + i). i counts from 0
-    to n/2 - 1; with imag_random, and for diag-real with real_random, it is uniform in (0, n/2).
-    """
-    require(measure in MEASURES, "measure", measure, f"choose one of {', '.join(MEASURES)}")
-    ok = not (imag_random and measure in ("diag-real", "diag-legs"))
-    require(ok, "imag_random", imag_random, f"{measure} prescribes Im A, pass False")
-    half = torch.full((h, n // 2), 0.5, dtype=torch.float64)
-    real = torch.rand_like(half).clamp(min=1e-3) if real_random else half
-    i = torch.arange(n // 2, dtype=torch.float64).expand(h, -1)
-    if imag_random or (real_random and measure == "diag-real"):
-        i = n / 2 * torch.rand_like(half)
-    if measure == "diag-real":
-        return torch.complex(-1 - i, 0 * i)
-    imag = {"diag-lin": lambda: math.pi * i,
-            "diag-inv": lambda: n / math.pi * (n / (2 * i + 1) - 1),
-            "diag-quad": lambda: (2 * i + 1) ** 2 / math.pi,
-            "diag-legs": lambda: legs_eigenvalues(n).expand(h, -1)}[measure]()
-    return torch.complex(-real, imag)
-
-
-# ---- from (1) to (2) ----
-
-def phi(z: Tensor) -> Tensor:
-    """(exp(z) - 1) / z, which is 1 at z = 0. Near 0 the difference would cancel: there its Taylor series."""
-    small = z.abs() < 0.02
-    series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5 * (1 + z / 6 * (1 + z / 7)))))
-    z = torch.where(small, 1, z)             # or the branch not taken would turn gradients into 0 * inf = nan
-    return torch.where(small, series, (z.exp() - 1) / z)
-
-
-def discretize_zoh(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-    """Zero-order hold: A_bar = exp(dt A), B_bar = A^-1 (exp(dt A) - 1) B."""
-    return torch.exp(dt * A), dt * phi(dt * A) * B
-
-
-def discretize_bilinear(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-    """Bilinear transform: A_bar = (1 + dt A / 2) / (1 - dt A / 2), B_bar = dt B / (1 - dt A / 2)."""
-    return (1 + dt * A / 2) / (1 - dt * A / 2), dt * B / (1 - dt * A / 2)
-
-
-DISCRETIZATIONS = {"zoh": discretize_zoh, "bilinear": discretize_bilinear}
-
-
-class Discrete(NamedTuple):
-    """The matrices of the recurrence (2), each (h, n/2) complex; y = Re(C x), so C holds the factor 2."""
-    A_bar: Tensor
-    B_bar: Tensor
-    C: Tensor
-
-
-# ---- time in two digits ----
-
-def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """a^0, a^1, ..., a^(count - 1) on a new axis, (h, n) -> (h, count, n).
-
-    By a^(r j + i) = (a^r)^j a^i with r about sqrt(count), so that autograd keeps little.
-    """
-    def first(a, count):
-        """a^0 ... a^(count - 1) by one product after another: (h, n) -> (h, count, n)."""
-        p = [torch.ones_like(a)]
-        while len(p) < count:
-            p.append(p[-1] * a)
-        return torch.stack(p, 1).to(dtype)
-
-    r = math.isqrt(count - 1) + 1
-    low, high = first(a, r), first(a ** r, -(-count // r))
-    return (high[:, :, None] * low[:, None]).flatten(1, 2)[:, :count]
-
-
-def two_digits(a: Tensor, l: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """low = a^i (h, T, n) in the precision of dtype, high = a^{jT} (h, J, n) in double precision, JT >= l."""
-    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # 2 sqrt(l) is fastest, measured
-    return powers(a, T, COMPLEX[dtype]), powers(a ** T, -(-l // T), a.dtype)
-
-
-def as_real(z: Tensor, dtype: torch.dtype, conj: bool = False) -> Tensor:
-    """Re z_1, Im z_1, Re z_2, ... (conj: of the conjugate), (.., n) -> (.., 2n).
-
-    Re sum_n v_n w_n is then as_real(v) times as_real(w, conj=True): Re (a + ib)(c + id) = (a, b) (c, -d).
-    """
-    z = z.to(COMPLEX[dtype])
-    return torch.view_as_real(z.conj().resolve_conj() if conj else z).flatten(-2)
-
-
-def ssm_kernel(d: Discrete, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
-    """K_{jT+i} = Re sum_n (C_n B_bar_n A_bar_n^{jT}) (A_bar_n^i): (h, JT)."""
-    high = high * (d.C * d.B_bar)[:, None]
-    return (as_real(high, dtype) @ as_real(low, dtype, conj=True).mT).flatten(1)
-
-
-def output_of_state(d: Discrete, low: Tensor, high: Tensor, x: Tensor) -> Tensor:
-    """What the state x (b, h, n) adds to the next outputs: Re sum_n C_n A_bar_n^{k+1} x_n, (b, h, JT)."""
-    x = x[:, :, None] * (high * (d.C * d.A_bar)[:, None]).to(x.dtype)        # (b, h, J, n)
-    x, low = as_real(x, x.real.dtype), as_real(low, x.real.dtype, conj=True)
-    return torch.einsum("bhjn,hin->bhji", x, low).flatten(-2)
-
-
-def state_of_input(d: Discrete, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
-    """The state that u (b, h, l) leaves: sum_k A_bar^{l-1-k} B_bar u_k, (b, h, n) complex."""
-    T, J = low.shape[1], high.shape[1]
-    u = nn.functional.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))     # zeros in front add nothing
-    x = torch.einsum("bhji,hin->bhjn", u, as_real(low.flip(1), u.dtype))     # each block of T by itself, ...
-    x = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return (x * (high.flip(1) * d.B_bar[:, None]).to(x.dtype)).sum(2)        # ... decayed to the end, summed
-
-
-def fft_conv(u: Tensor, K: Tensor) -> Tensor:
-    """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (.., l) with K (.., l), broadcast.
-
-    The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. It is
-    fast for lengths 2^i, 3 2^i and 5 2^i.
-    """
-    l = u.shape[-1]
-    size = min(odd << ((2 * l - 2) // odd).bit_length() for odd in (1, 3, 5))
-    return torch.fft.irfft(torch.fft.rfft(u, size) * torch.fft.rfft(K, size), size)[..., :l]
+from torch import nn
+from torch.nn import functional as F
 
 
 # ---- the layer ----
 
 class S4D(nn.Module):
-    """Diagonal state space layer (b, h, l) -> (b, h, l): the SSM with D, no activation, no feature mixing.
+    """(b, h, l) -> (b, h, l), with D, without activation and without mixing of features.
 
-    d_model, d_state: number of features h; number of states n per feature (even: n/2 complex numbers)
-    measure: initial A: "diag-lin", "diag-inv", "diag-quad", "diag-real" or "diag-legs" (see initial_A)
-    disc: discretization, "zoh" or "bilinear"
-    real_type: -Re A is "exp", "relu" or "softplus" of its parameter, or with "none" the parameter itself, and
-        then nothing keeps the system stable (but the optimizer's luck)
-    train_B: train B too, starting from 1
-    real_random, imag_random: draw the real or the imaginary parts of A at random
-    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time of A
-    lr: learning rates of dt, A and B for the optimizer, recorded in `ssm_lr` (see learning_rates)
-    Raises ValueError for any other value.
+    d_model, d_state: h, and n (even)
+    measure: where A starts: diag-lin, diag-inv, diag-quad, diag-real or diag-legs
+    disc: zoh (zero-order hold, as above) or bilinear
+    real_random, imag_random: draw the real or the imaginary parts of A, see initial_A
+    dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
+    lr: learning rate of dt and A, for the optimizer: see ssm_lr
     """
 
-    def __init__(self, d_model: int, d_state: int = 64, *, measure: str = "diag-lin", disc: str = "zoh",
-                 real_type: str = "exp", train_B: bool = False, real_random: bool = False,
-                 imag_random: bool = False, dt_min: float = 1e-3, dt_max: float = 1e-1, lr=1e-3):
+    def __init__(self, d_model, d_state=64, *, measure="diag-lin", disc="zoh",
+                 real_random=False, imag_random=False, dt_min=1e-3, dt_max=1e-1, lr=1e-3):
         super().__init__()
-        check_number("d_model", d_model, int)
-        check_number("d_state", d_state, int, even=True)
-        check_number("dt_min", dt_min)
-        check_number("dt_max", dt_max)
-        require(dt_min <= dt_max, "dt_max", dt_max, f"pass at least dt_min = {dt_min}")
-        flags = {"train_B": train_B, "real_random": real_random, "imag_random": imag_random}
-        for name, flag in flags.items():
-            require(isinstance(flag, bool), name, flag, "pass True or False")
-        for name, value, known in (("disc", disc, DISCRETIZATIONS), ("real_type", real_type, REAL_TYPES)):
-            require(value in tuple(known), name, value, f"choose one of {', '.join(known)}")
-        self.d_model, self.d_state, self.disc, self.real_type = d_model, d_state, disc, real_type
-        h, n = d_model, d_state
-        A, dtype = initial_A(measure, h, n, real_random, imag_random), torch.get_default_dtype()
-        self.log_dt = nn.Parameter(math.log(dt_min) + torch.rand(h) * math.log(dt_max / dt_min))
-        self.log_A_real = nn.Parameter(REAL_TYPES[real_type][1](-A.real).to(dtype))
-        self.A_imag = nn.Parameter(A.imag.to(dtype).contiguous())
-        self.B = nn.Parameter(torch.tensor([1.0, 0.0]).repeat(h, n // 2, 1)) if train_B else None
-        self.C = nn.Parameter(torch.randn(h, n // 2, 2) * 0.5 ** 0.5)
-        self.D = nn.Parameter(torch.randn(h))
-        self.ssm_lr = learning_rates(self, lr, {"dt": ["log_dt"], "A": ["log_A_real", "A_imag"], "B": ["B"]})
+        check(disc in ("zoh", "bilinear"), f"{disc=}: choose zoh or bilinear")
+        check(0 < dt_min <= dt_max < math.inf,
+              f"{dt_min=}, {dt_max=}: pass 0 < dt_min <= dt_max")
+        self.h, self.n, self.disc = d_model, d_state, disc
+        A = initial_A(measure, d_model, d_state, real_random, imag_random)      # (h, n/2)
+        log_dt = math.log(dt_min) + torch.rand(d_model) * math.log(dt_max / dt_min)
+        self.log_dt = nn.Parameter(log_dt)
+        self.log_A_real = nn.Parameter((-A.real).log().to(log_dt))      # keeps Re A < 0
+        self.A_imag = nn.Parameter(A.imag.to(log_dt))
+        self.C = nn.Parameter(torch.randn(*A.shape, 2) * 0.5 ** 0.5)    # real, imaginary
+        self.D = nn.Parameter(torch.randn(d_model))
+        self.ssm_lr = {"log_dt": lr, "log_A_real": lr, "A_imag": lr}
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The real dtype of the computation: that of the parameters, float32 at least."""
-        return torch.promote_types(self.D.dtype, torch.float32)
+    def discretize(self, rate=1.0):
+        """From (1) to (2) at step size rate * dt: A_bar, B_bar, 2 C, (h, n/2) complex128.
 
-    def _discretize(self, rate: float) -> Discrete:
-        """discretize() in double precision, for the powers of A_bar."""
-        check_number("rate", rate)
-        dt = rate * self.log_dt.double().exp()[:, None]
-        A = torch.complex(-REAL_TYPES[self.real_type][0](self.log_A_real.double()), self.A_imag.double())
-        B = torch.ones_like(A) if self.B is None else torch.view_as_complex(self.B.double())
-        return Discrete(*DISCRETIZATIONS[self.disc](A, B, dt), 2 * torch.view_as_complex(self.C.double()))
-
-    def discretize(self, rate: float = 1.0) -> Discrete:
-        """A_bar, B_bar and C of the recurrence (2) at step size rate * dt."""
-        return Discrete(*(matrix.to(COMPLEX[self.dtype]) for matrix in self._discretize(rate)))
-
-    def kernel(self, l: int, rate: float = 1.0) -> Tensor:
-        """The impulse response K_0 ... K_{l-1} of equation (3), without D: (h, l)."""
-        check_number("l", l, int)
-        with torch.autocast("cuda" if self.D.is_cuda else "cpu", enabled=False):
-            d = self._discretize(rate)
-            return ssm_kernel(d, *two_digits(d.A_bar, l, self.dtype), self.dtype)[:, :l]
-
-    def initial_state(self, batch_size: int) -> Tensor:
-        """x_{-1} = 0, (b, h, n/2) complex."""
-        check_number("batch_size", batch_size, int)
-        shape = batch_size, self.d_model, self.d_state // 2
-        return torch.zeros(shape, dtype=COMPLEX[self.dtype], device=self.D.device)
-
-    def check_state(self, state: Tensor, b: int) -> None:
-        """state must be complex (b, h, n/2)."""
-        check_tensor("state", state, (b, self.d_model, self.d_state // 2), "complex")
-
-    def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0,
-             discrete: Optional[Discrete] = None) -> tuple[Tensor, Tensor]:
-        """One step of the recurrence (2): u (b, h), state (b, h, n/2) -> y (b, h) and the next state.
-
-        discrete: what discretize(rate) returned, to reuse it for many steps; rate is then ignored.
+        In double precision, because an error of A_bar grows k-fold in A_bar^k.
         """
-        check_tensor("u", u, ("b", self.d_model))
-        self.check_state(state, u.shape[0])
-        A_bar, B_bar, C = self.discretize(rate) if discrete is None else discrete
-        x = A_bar * state + B_bar * u[..., None]
-        y = (C * x).real.sum(-1) + self.D * u
-        return y.to(u.dtype), x.to(A_bar.dtype)
+        if not 0 < rate < math.inf:
+            raise ValueError(f"{rate=}: pass a positive number")
+        check(self.D.dtype in (torch.float32, torch.float64),
+              f"parameters are {self.D.dtype}: too coarse for A, use float32 and autocast")
+        dt = rate * self.log_dt.double().exp()[:, None]         # (h, 1)
+        A = torch.complex(-self.log_A_real.double().exp(), self.A_imag.double())
+        C = 2 * torch.view_as_complex(self.C.double())          # 2 for the pairs
+        if self.disc == "bilinear":
+            return (1 + dt * A / 2) / (1 - dt * A / 2), dt / (1 - dt * A / 2), C
+        return torch.exp(dt * A), torch.expm1(dt * A) / A, C
 
-    def forward(self, u: Tensor, state: Optional[Tensor] = None, *, rate: float = 1.0,
-                method: str = "conv") -> tuple[Tensor, Optional[Tensor]]:
-        """A sequence: u (b, h, l), state (b, h, n/2) or None -> y (b, h, l) as u, final state or None.
+    def initial_state(self, batch_size):
+        """x_{-1} = 0: (b, h, n/2) complex128, for rounding adds up over the steps."""
+        return torch.zeros(batch_size, self.h, self.n // 2, dtype=torch.complex128,
+                           device=self.D.device)
 
-        rate: factor on the step size: 2.0 for a signal sampled half as often as in training
-        method: "conv", in parallel by FFT, or "step", the recurrence: the same numbers up to rounding,
-            which with FFT is relative to the largest of the sequence
+    def step(self, u, state, *, rate=1.0, discrete=None):
+        """(2) once: u (b, h), state (b, h, n/2) -> y (b, h), next state.
+
+        discrete: what discretize() returned, to use it for many steps
         """
-        check_tensor("u", u, ("b", self.d_model, "l"))
-        require(method in ("conv", "step"), "method", method, "choose conv or step")
-        if state is not None:
-            self.check_state(state, u.shape[0])
-        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # half precision is too coarse
-            run = self._conv if method == "conv" else self._steps
-            y, last = run(u.to(self.dtype), state, rate)
+        self.check_input(u, 2, state)
+        A_bar, B_bar, C = discrete or self.discretize(rate)
+        x = A_bar * state + B_bar * u[..., None]        # (b, h, n/2)
+        y = (C * x).sum(-1).real + self.D * u           # (b, h)
+        return y.to(u.dtype), x
+
+    def kernel(self, l, rate=1.0):
+        """(3): K_0 ... K_{l-1}, (h, l)."""
+        if l < 1:
+            raise ValueError(f"{l=}: pass a positive length")
+        A_bar, B_bar, C = self.discretize(rate)
+        with full_precision(self.D):
+            digits = two_digits(A_bar, l, torch.view_as_complex(self.C).dtype)
+            return vandermonde(C * B_bar, digits, l)
+
+    def forward(self, u, state=None, *, rate=1.0, method="conv"):
+        """u (b, h, l), state (b, h, n/2) or None -> y (b, h, l), last state or None.
+
+        rate: factor on dt: 2.0 for a signal with half as many samples
+        method: conv is (3), step is (2): the same numbers
+        Raises ValueError for a u, state, rate or method that does not fit.
+        """
+        self.check_input(u, 3, state)
+        check(method in ("conv", "step"), f"{method=}: choose conv or step")
+        run = self._convolution if method == "conv" else self._recurrence
+        with full_precision(u):
+            y, last = run(u.to(self.D.dtype), state, rate)
         return y.to(u.dtype), last
 
-    def _steps(self, u: Tensor, state: Optional[Tensor], rate: float) -> tuple[Tensor, Optional[Tensor]]:
-        """The recurrence (2) as it stands, in double precision: rounding adds up over the steps."""
-        x = self.initial_state(u.shape[0]) if state is None else state
-        outputs, discrete = [], self._discretize(rate)
-        for u_k in u.double().unbind(-1):
+    def _recurrence(self, u, state, rate):
+        x = self.initial_state(len(u)) if state is None else state
+        discrete = self.discretize(rate)
+        outputs = []
+        for u_k in u.unbind(-1):
             y_k, x = self.step(u_k, x, discrete=discrete)
             outputs.append(y_k)
-        return torch.stack(outputs, -1), None if state is None else x.to(COMPLEX[self.dtype])
+        return torch.stack(outputs, -1), None if state is None else x
 
-    def _conv(self, u: Tensor, state: Optional[Tensor], rate: float) -> tuple[Tensor, Optional[Tensor]]:
-        """The convolution (3). A state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the final state."""
-        d, l = self._discretize(rate), u.shape[-1]
-        low, high = two_digits(d.A_bar, l, self.dtype)
-        K = ssm_kernel(d, low, high, self.dtype)[:, :l]
-        y = fft_conv(u, K + nn.functional.pad(self.D[:, None], (0, l - 1)))  # D u: an impulse at k = 0
+    def _convolution(self, u, state, rate):
+        l = u.shape[-1]
+        D = F.pad(self.D[:, None], (0, l - 1))          # D u: an impulse at k = 0
+        y = fft_conv(u, self.kernel(l, rate) + D)       # (b, h, l)
         if state is None:
             return y, None
-        state = state.to(COMPLEX[self.dtype])
-        A_bar_l = d.A_bar * high[:, -1] * low[:, (l - 1) % low.shape[1]]     # pow would be slow
-        last = (A_bar_l * state).to(state.dtype) + state_of_input(d, low, high, u)
-        return y + output_of_state(d, low, high, state)[..., :l], last
+        A_bar, B_bar, C = self.discretize(rate)
+        digits = two_digits(A_bar, l, torch.view_as_complex(self.C).dtype)
+        # the state adds C A_bar^{k+1} x to y_k, and A_bar^l x to the last state
+        y = y + vandermonde(C * A_bar * state, digits, l)
+        return y, A_bar ** l * state + last_state(u, B_bar, digits)
+
+    def check_input(self, u, dims, state):
+        """u (b, h) or (b, h, l) with the given number of dimensions, state (b, h, n/2)."""
+        fits = u.dim() == dims and u.shape[1] == self.h and u.numel() > 0
+        check(fits and u.is_floating_point(),
+              f"u is {u.dtype} {tuple(u.shape)}: pass floats, {self.h} features, {dims}-d")
+        fits = state is None or state.shape == (len(u), self.h, self.n // 2)
+        check(fits and (state is None or state.is_complex()),
+              "state: pass one of the shape and type of initial_state()")
 
 
-# ---- demo ----
+# ---- powers of A_bar ----
 
-def demo(path: Optional[str] = None) -> None:
-    """Print how the modes agree and how long they take; draw the figure if a path is given."""
-    torch.manual_seed(0)
-    l, layer = 1024, S4D(3, 64).requires_grad_(False)
-    layer.log_dt.copy_(torch.tensor([1e-3, 1e-2, 1e-1]).log())
-    t = torch.arange(l) / l
-    u = torch.sin(2 * math.pi * torch.tensor([[2.0], [3.0], [5.0]]) * (t + t ** 2))[None]       # (1, 3, l)
+def two_digits(A_bar, l, dtype):
+    """A_bar^{jT} (h, J, n) and A_bar^i (h, T, n), whose products are all A_bar^k, k < l.
 
-    def chunks():
-        """The same sequence in four uneven pieces: (1, 3, l)."""
-        y, state = [], layer.initial_state(1)
-        for piece in u.split([100, 1, 411, 512], -1):
-            y_piece, state = layer(piece, state)
-            y.append(y_piece)
-        return torch.cat(y, -1)
+    Time has two digits, k = jT + i, as with T = 10 the tens and the ones: about 3 sqrt(l)
+    powers take the place of l, and with matrix products no (h, n, l) array appears.
+    """
+    T = 2 * int(l ** 0.5)
+    J = -(-l // T)
+    low = torch.linalg.vander(A_bar, N=T)               # (h, n, T)
+    high = torch.linalg.vander(low[..., -1] * A_bar, N=J + 1)[..., :J]      # N must be > 1
+    return high.mT.to(dtype).contiguous(), low.mT.to(dtype).contiguous()
 
-    runs = {"convolution": lambda: layer(u)[0],
-            "step by step": lambda: layer(u, method="step")[0],
-            "four chunks, state forwarded": chunks,
-            "every second sample, rate 2": lambda: layer(u[..., 1::2], rate=2.0)[0],
-            "every second sample, rate 1 (wrong)": lambda: layer(u[..., 1::2])[0]}
-    y, whole = {}, layer(u)[0]
-    print(f"{f'S4D, h=3, n=64, l={l}':<36}{'difference':>12}{'time / ms':>12}")
-    for name, run in runs.items():
-        start = time.perf_counter()
-        y[name] = run()
-        duration = 1e3 * (time.perf_counter() - start)
-        error = (y[name] - (whole[..., 1::2] if "second" in name else whole)).abs().max() / whole.abs().max()
-        print(f"{name:<36}{error:12.1e}{duration:12.1f}")
-    if path is None:
-        return
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    disk, kernels, modes, rates = axes = list(figure.subplots(2, 2).flat)
-    disk.plot(torch.cos(2 * math.pi * t), torch.sin(2 * math.pi * t), color="0.7")
-    for dt, A_bar, K in zip(layer.log_dt.exp(), layer.discretize().A_bar, layer.kernel(l)):
-        disk.plot(A_bar.real, A_bar.imag, "o", ms=4, label=f"dt = {dt:.3f}")
-        kernels.plot(K / K.abs().max(), lw=1, label=f"dt = {dt:.3f}")
-    disk.set(title="Eigenvalues of A_bar in the unit disk", xlabel="Re A_bar", ylabel="Im A_bar", aspect=1)
-    kernels.set(title="Kernels, each scaled to 1", xlabel="step k", ylabel="K_k / max |K|")
-    modes.plot(u[0, 1], color="0.7", label="input u")
-    for (name, line), style in zip(y.items(), ("-", "--", ":", "--", ":")):
-        plot, step = (rates, 2) if "second" in name else (modes, 1)
-        plot.plot(range(step - 1, l, step), line[0, 1], style, lw=3, label=name)
-    rates.plot(whole[0, 1], color="0.7", label="all samples, rate 1")
-    modes.set(title="One output, three ways to compute it (dt = 0.010)", xlabel="step k", ylabel="u, y")
-    rates.set(title="Half the sampling frequency, no retraining", xlabel="step k", ylabel="y")
-    for ax in axes:
-        ax.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
-    print("wrote", path)
 
+def vandermonde(v, digits, l):
+    """Re sum_n v_n A_bar_n^k for k < l: v (.., h, n), digits of A_bar -> (.., h, l)."""
+    high, low = digits
+    v = v.to(high.dtype)[..., None, :] * high           # (.., h, J, n)
+    K = torch.einsum("...hjn,hin->...hji", as_real(v), as_real(low.conj()))
+    return K.flatten(-2)[..., :l]
+
+
+def last_state(u, B_bar, digits):
+    """sum_k A_bar^{l-1-k} B_bar u_k, the state that u (b, h, l) leaves: (b, h, n)."""
+    high, low = digits
+    J, T = high.shape[1], low.shape[1]
+    u = F.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))        # zeros in front
+    x = torch.einsum("bhji,hin->bhjn", u, as_real(low.flip(1)))     # the last i: power 0
+    x = torch.view_as_complex(x.unflatten(-1, (-1, 2)))             # (b, h, J, n)
+    return (x * high.flip(1)).sum(2) * B_bar                        # the last j: power 0
+
+
+def as_real(z):
+    """(.., n) complex as (.., 2n) real. Re(v w) is the product of v with w conjugate."""
+    return torch.view_as_real(z.resolve_conj()).flatten(-2)
+
+
+def fft_conv(u, K):
+    """y_k = sum_{i <= k} K_i u_{k-i}: u (b, h, l), K (h, l). l zeros keep the FFT, which
+    convolves on a circle, from wrapping the end around to the beginning."""
+    l = u.shape[-1]
+    product = torch.fft.rfft(u, 2 * l) * torch.fft.rfft(K, 2 * l)
+    return torch.fft.irfft(product, 2 * l)[..., :l]
+
+
+def full_precision(u):
+    """Switches autocast off: half precision is too coarse for the powers of A_bar."""
+    return torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False)
+
+
+# ---- where A starts ----
+
+def initial_A(measure, h, n, real_random=False, imag_random=False):
+    """One eigenvalue of each conjugate pair (paper, section 4): (h, n/2) complex128.
+
+    real_random: -Re A uniform in (0, 1); imag_random: the index i uniform in (0, n/2)
+    """
+    check(n > 0 and n % 2 == 0, f"d_state={n}: pass an even number, 2 or more")
+    check(not imag_random or measure not in ("diag-real", "diag-legs"),
+          f"{imag_random=}: {measure} prescribes Im A, pass False")
+    i = torch.arange(n // 2, dtype=torch.float64).repeat(h, 1)
+    real = torch.full_like(i, -0.5)
+    if real_random:
+        real = -torch.rand_like(i).clamp(min=1e-3)
+    if imag_random:
+        i = n / 2 * torch.rand_like(i)
+    if measure == "diag-lin":                           # a Fourier basis
+        return torch.complex(real, math.pi * i)
+    if measure == "diag-inv":                           # close to HiPPO-LegS
+        return torch.complex(real, n / math.pi * (n / (2 * i + 1) - 1))
+    if measure == "diag-quad":
+        return torch.complex(real, (2 * i + 1) ** 2 / math.pi)
+    if measure == "diag-real":                          # averages, without oscillation
+        if real_random:
+            i = n / 2 * torch.rand_like(i)
+        return torch.complex(-(i + 1), 0 * i)
+    if measure == "diag-legs":                          # HiPPO-LegS is low rank + this
+        root = torch.sqrt(2 * torch.arange(n, dtype=torch.float64) + 1)
+        S = torch.outer(root, root).triu(1) / 2         # -1/2 + S - S^T
+        imag = torch.linalg.eigvalsh(1j * (S - S.mT))   # ascending, in pairs +-
+        return torch.complex(real, imag.flip(0)[:n // 2].expand(h, -1))
+    raise ValueError(f"{measure=}: choose diag-lin, -inv, -quad, -real or -legs")
+
+
+def check(ok, message):
+    """Raise a ValueError unless ok."""
+    if not ok:
+        raise ValueError(message)
+
+
+# ---- one signal in every mode ----
 
 if __name__ == "__main__":
-    demo(*sys.argv[1:2])
+    torch.manual_seed(0)
+    l, layer = 1000, S4D(d_model=4)
+    u = torch.randn(2, 4, l)
+    A_bar, B_bar, C = layer.discretize()
+    K = torch.stack([(C * A_bar ** k * B_bar).sum(-1).real for k in range(l)], -1)
+    y, _ = layer(u)
+    stepped, _ = layer(u, method="step")
+    first, state = layer(u[..., :300], layer.initial_state(2))
+    second, state = layer(u[..., 300:], state)
+    smooth = torch.linspace(0, 6, l).sin().expand(2, 4, l)
+    full, _ = layer(smooth)
+    half, _ = layer(smooth[..., 1::2], rate=2.0)
+    for what, a, b in (("kernel, definition", layer.kernel(l), K),
+                       ("convolution, recurrence", y, stepped),
+                       ("whole, two pieces", y, torch.cat([first, second], -1)),
+                       ("all samples, every second at rate 2", full[..., 1::2], half)):
+        print(f"{what:<36} differ by {(a - b).abs().max() / b.abs().max():.1e}")

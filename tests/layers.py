@@ -43,8 +43,8 @@ class Case:
 
 
 def s4d_case(name, **options):
-    oracle_options = {k: options[k] for k in ("disc", "real_type") if k in options}
-    return Case(name, "s4d", "S4D", options, lambda p, u, x, rate: oracle.s4d(p, u, x, rate, **oracle_options))
+    disc = options.get("disc", "zoh")
+    return Case(name, "s4d", "S4D", options, lambda p, u, x, rate: oracle.s4d(p, u, x, rate, disc=disc))
 
 
 def s4_case(name, **options):
@@ -101,9 +101,9 @@ def s5_case(name, **options):
 CASES = [
     s4d_case("s4d"),
     s4d_case("s4d-bilinear", disc="bilinear", measure="diag-inv"),
-    s4d_case("s4d-legs-B", measure="diag-legs", train_B=True, real_type="softplus"),
-    s4d_case("s4d-real-relu", measure="diag-real", real_type="relu", real_random=True),
-    s4d_case("s4d-quad-none", measure="diag-quad", real_type="none", imag_random=True),
+    s4d_case("s4d-legs", measure="diag-legs"),
+    s4d_case("s4d-real", measure="diag-real", real_random=True),
+    s4d_case("s4d-quad", measure="diag-quad", imag_random=True),
     dss_case("dss", l_max=1000),
     dss_case("dss-growing", l_max=1000, prepare=lambda layer: layer.Lambda_re.copy_(torch.linspace(-1, 0.4, 8))),
     dss_case("dss-exp", version="exp"),

@@ -110,9 +110,9 @@ def test_growing_modes_stay_finite_in_single_precision(l_max, l):
 
 def test_a_state_grows_no_more_than_the_square_root_of_the_window():
     layer = growing_layer(1, 1000, [70.0, 1e4])
-    discrete = layer.discretize()
-    assert error(discrete.A_bar.abs() ** 1000, np.exp([[70.0, 80.0]])) <= 1e-9      # the cap
-    for matrix in (discrete.B_bar, discrete.C):
+    A_bar, B_bar, C = layer.discretize()
+    assert error(A_bar.abs() ** 1000, np.exp([[70.0, 80.0]])) <= 1e-9      # the cap
+    for matrix in (B_bar, C):
         assert ((matrix.abs().log() + torch.tensor([35.0, 40.0])).abs() < 30).all()
 
 
@@ -123,9 +123,9 @@ def test_longer_than_l_max_is_refused(method):
     layer(signal(1, 2, 40), rate=0.5, method=method)
     layer(signal(1, 2, 11), rate=1.7, method=method)
     for l, rate in ((21, 1.0), (41, 0.5), (12, 1.7)):
-        with pytest.raises(ValueError, match=f"^l = {l}: .*20.*exp"):
+        with pytest.raises(ValueError, match=f"^l={l}: .*20.*exp"):
             layer(signal(1, 2, l), rate=rate, method=method)
-        with pytest.raises(ValueError, match=f"^l = {l}: "):
+        with pytest.raises(ValueError, match=f"^l={l}: "):
             layer.kernel(l, rate=rate)
 
 
@@ -135,9 +135,9 @@ def test_l_max_seconds_are_allowed_at_every_rate():
         assert layer.kernel(l, rate=1000 / l).shape == (1, l)
 
 
-@pytest.mark.parametrize("rate", ["2", None, float("nan"), 0.0])
+@pytest.mark.parametrize("rate", [float("nan"), 0.0])
 def test_bad_rates_of_the_kernel(rate):
-    with pytest.raises(ValueError, match="^rate = "):
+    with pytest.raises(ValueError, match="^rate="):
         DSS(2, 4).kernel(5, rate=rate)
 
 
@@ -150,7 +150,7 @@ def test_rate_is_zero_order_hold_with_the_same_normalizer(version):
     held, last = layer(u.repeat_interleave(2, -1), x)
     y, last2 = layer(u, x, rate=2.0)
     assert error(y, held[..., 1::2]) <= 1e-9 and error(last2, last) <= 1e-9
-    assert error(layer.discretize(2.0).C, layer.discretize().C) == 0
+    assert error(layer.discretize(2.0)[2], layer.discretize()[2]) == 0
 
 
 def test_kernel_depends_on_l_max_but_not_on_l():
@@ -168,7 +168,7 @@ def test_version_exp_takes_any_length():
     expected = torch.einsum("hn,hnk->hk", W * (torch.exp(z) - 1) / Lambda, torch.exp(z[..., None] * k)).real
     assert error(layer.kernel(3000), expected) <= 1e-10
     layer.Lambda_re.data.fill_(50.0)               # stable wherever training moves the parameter
-    assert (layer.discretize().A_bar.abs() <= 1).all() and torch.isfinite(layer(signal(1, 2, 99))[0]).all()
+    assert (layer.discretize()[0].abs() <= 1).all() and torch.isfinite(layer(signal(1, 2, 99))[0]).all()
 
 
 def test_every_option_changes_the_kernel():
@@ -179,11 +179,9 @@ def test_every_option_changes_the_kernel():
     assert all(error(K, kernels[0]) > 1e-3 for K in kernels[1:])
 
 
-def test_learning_rates_freeze():
-    layer = DSS(2, 4, lr={"dt": 0.0})
-    assert layer.ssm_lr == {"log_dt": 0.0, "Lambda_re": 1e-3, "Lambda_im": 1e-3}
-    assert {name for name, p in layer.named_parameters() if not p.requires_grad} == {"log_dt"}
-    assert DSS(2, 4, lr=None).ssm_lr == {} and DSS(2, 4, lr=0.0).W.requires_grad
+def test_what_is_trained():
+    layer = DSS(2, 4, lr=0.01)
+    assert layer.ssm_lr == {"log_dt": 0.01, "Lambda_re": 0.01, "Lambda_im": 0.01}
     assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {
         "log_dt": (2,), "Lambda_re": (4,), "Lambda_im": (4,), "W": (2, 4, 2), "D": (2,)}
 

@@ -38,7 +38,7 @@ def check(layer, g, tolerance=1e-10, D=None, methods=("conv", "step")):
         for method in methods:
             assert error(layer(u, method=method)[0], g["y"]) <= tolerance
         if "K" in g:
-            assert error(layer.kernel(64), g["K"]) <= tolerance
+            assert error(layer.kernel(g["K"].shape[-1]), g["K"]) <= tolerance
         for key, rate in (("K_rate2", 2.0), ("K_rate05", 0.5)):
             exact = g.get(key + "_exact", g.get(key))
             if exact is not None:
@@ -58,17 +58,21 @@ def check(layer, g, tolerance=1e-10, D=None, methods=("conv", "step")):
 def test_s4d(disc):
     from s4d import S4D
     g = load(f"s4d_{disc}")
-    layer = set_parameters(S4D(4, 16, disc=disc, train_B=True), log_dt=np.log(g["dt"]), A_imag=g["A"].imag,
-                           log_A_real=np.log(-g["A"].real), B=pair(g["B"]), C=pair(g["C"]), D=g["D"])
-    check(layer, g)
+    h, half = g["A"].shape
+    # with B = 1, the state is divided by B, and C multiplied by it
+    layer = set_parameters(S4D(h, 2 * half, disc=disc), log_dt=np.log(g["dt"]), A_imag=g["A"].imag,
+                           log_A_real=np.log(-g["A"].real), C=pair(g["B"] * g["C"]), D=g["D"])
+    check(layer, g | {"x0": g["x0"] / g["B"], "xL": g["xL"] / g["B"]})
     A_bar, B_bar, C = layer.discretize()
-    assert error(A_bar, g["dA"]) <= 1e-12 and error(B_bar, g["dB"]) <= 1e-12 and error(C, 2 * g["C"]) <= 1e-12
+    assert error(A_bar, g["dA"]) <= 1e-12 and error(B_bar, g["dB"] / g["B"]) <= 1e-12
+    assert error(C, 2 * g["B"] * g["C"]) <= 1e-12
 
 
 def test_s4d_minimal():
     from s4d import S4D
     g = load("s4d_zoh")
-    layer = set_parameters(S4D(4, 16), log_dt=np.log(g["min_dt"]), A_imag=g["min_A"].imag,
+    h, half = g["min_A"].shape
+    layer = set_parameters(S4D(h, 2 * half), log_dt=np.log(g["min_dt"]), A_imag=g["min_A"].imag,
                            log_A_real=np.log(-g["min_A"].real), C=pair(g["min_C"]), D=g["min_D"])
     check(layer, {"u": g["u"], "y": g["min_y"], "K": g["min_K"]})
 
@@ -104,15 +108,16 @@ def test_disc_dss(name):
     from dss import DSS
     from s4 import S4
     g = {key.removeprefix("s4diag_"): value for key, value in load(name).items() if key.startswith("s4diag_")}
-    for i in range(4):
-        layer = set_parameters(DSS(1, 8, l_max=64), log_dt=np.log(g["dt"][i:i + 1]), Lambda_re=g["A"][i].real,
+    (h, half), l = g["A"].shape, g["K"].shape[-1]
+    for i in range(h):
+        layer = set_parameters(DSS(1, half, l_max=l), log_dt=np.log(g["dt"][i:i + 1]), Lambda_re=g["A"][i].real,
                                Lambda_im=g["A"][i].imag, W=pair(g["B"] * g["C"])[i:i + 1])
-        assert error(layer.kernel(64), g["K"][i:i + 1]) <= 1e-10
+        assert error(layer.kernel(g["K"].shape[-1]), g["K"][i:i + 1]) <= 1e-10
     if name == "dss_exp":
-        layer = S4(4, 16, mode="diag", disc="dss", l_max=64)
+        layer = S4(h, 2 * half, mode="diag", disc="dss", l_max=l)
         set_parameters(layer, log_dt=np.log(g["dt"]), log_A_real=np.log(-g["A"].real), A_imag=g["A"].imag,
                        B=pair(g["B"]), C=pair(g["C"])[None])
-        assert error(layer.kernel(64), g["K"]) <= 1e-10
+        assert error(layer.kernel(g["K"].shape[-1]), g["K"]) <= 1e-10
 
 
 @pytest.mark.parametrize("key", ["legs", "legt", "hazy_legt"])
@@ -129,22 +134,23 @@ def test_lssl(key):
 
 def test_dss_softmax_function():
     """A complex dt does what the two columns of the official log_dt do: their numbers, 1e-7 included."""
-    from dss import Discrete, discretize_dss, ssm_kernel, two_digits
+    from dss import softmax_weights, two_digits, vandermonde
     g = load("dss_softmax")
     real, imag = np.exp(g["log_dt"]).T[..., None]
     z = torch.from_numpy(real * g["Lambda"].real + 1j * imag * g["Lambda"].imag)
     Lambda, W = torch.from_numpy(g["Lambda"]), torch.from_numpy(g["W"])
-    for l, expected in ((64, g["K"]), (32, g["K_half"])):
-        d = Discrete(torch.exp(z), *discretize_dss(Lambda, W, z / Lambda, 1.0, l))
-        K = ssm_kernel(d, *two_digits(d.A_bar, l, torch.float64), torch.float64)
-        assert error(K[:, :l], expected) <= 1e-10
+    for expected in (g["K"], g["K_half"]):
+        l = expected.shape[-1]
+        C, share = softmax_weights(W, Lambda, z, l)
+        K = vandermonde(C * share * torch.expm1(z) / Lambda, two_digits(torch.exp(z), l, z.dtype), l)
+        assert error(K, expected) <= 1e-10
 
 
 @pytest.mark.parametrize("version", ["softmax", "exp"])
 def test_dss(version):
     """Each feature as a layer with Lambda = z / dt of its own, and W to match.
 
-    For softmax 1 / dt is so large that the layer adds nothing to |x|^2, x = Lambda (exp(64 z) - 1), where
+    For softmax 1 / dt is so large that the layer adds nothing to |x|^2, x = Lambda (exp(l z) - 1), where
     the official code adds 1e-7: the tolerance is what that makes.
     """
     from dss import DSS
@@ -152,11 +158,12 @@ def test_dss(version):
     real, imag = np.exp(g["log_dt"]).T[..., None]
     z = real * g["Lambda"].real + 1j * imag * g["Lambda"].imag
     dt = 1.0 if version == "exp" else 1e-5
-    x = g["Lambda"] * (np.exp(np.where(z.real > 0, -64, 64) * z) - 1)
+    (h, n), l = z.shape, g["u"].shape[-1]
+    x = g["Lambda"] * (np.exp(np.where(z.real > 0, -l, l) * z) - 1)
     tolerance = 1e-10 if version == "exp" else (1e-7 / np.abs(x) ** 2).max()
-    for i in range(4):
+    for i in range(h):
         Lambda = z[i] / dt
-        layer = set_parameters(DSS(1, 16, version=version, l_max=64), log_dt=np.log([dt]), D=g["D"][i:i + 1],
+        layer = set_parameters(DSS(1, n, version=version, l_max=l), log_dt=np.log([dt]), D=g["D"][i:i + 1],
                                Lambda_re=np.log(-Lambda.real) if version == "exp" else Lambda.real,
                                Lambda_im=Lambda.imag, W=pair(g["W"][i:i + 1] * Lambda / g["Lambda"]))
         check(layer, {"u": g["u"][:, i:i + 1], "y": g["y"][:, i:i + 1], "K": g["K"][i:i + 1]}, tolerance)

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layers import error, random_state, signal
-from s4d import S4D, phi
+from s4d import S4D
 from selective_scan import Mamba, SelectiveSSM, selective_scan_fn, selective_scan_seq
 
 DOUBLE = dict(dtype=torch.float64)
