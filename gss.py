@@ -1,414 +1,287 @@
-"""GSS, the gated state space layer: fewer channels for the SSM, more matrix products for the hardware.
+"""GSS: a small state space layer between large matrix products.
 
-    Mehta, Gupta, Cutkosky, Neyshabur: Long Range Language Modeling via Gated State Spaces (2022),
-    arXiv 2206.13947
+    Mehta, Gupta, Cutkosky, Neyshabur: Long Range Language Modeling via Gated State Spaces
+    (2022), arXiv 2206.13947.                         Try it: python gss.py
 
-`python gss.py` checks all modes against each other, `python gss.py figures/gss.png` draws the figure.
+What was wrong before. An FFT over each of h channels is slow on hardware that is made for
+matrix products. GSS shrinks the SSM to c = h / bottleneck channels, and spends the time in
+linear maps around it: its output is multiplied by a gate of h expand features.
 
-The block. For an input u (b, h, l), with an SSM over time on h / bottleneck channels,
+    v = GELU(W_u u),    y = SSM(v),    o = W_o((W_y y) * GELU(W_v u))              (1)
 
-    v = GELU(W_u u),    y = SSM(v),    o = W_o((W_y y) * GELU(W_v u)),                                (1)
+The SSM drives n complex numbers for each of its channels, all independent as in dss.py:
 
-and the SSM has n complex numbers x for each of its channels, all independent as in dss.py:
+    x_k = A_bar x_{k-1} + B_bar v_k,    y_k = Re(C x_k) + D v_k,                   (2)
+    A_bar = exp(dt A),    B_bar = A^{-1} (A_bar - 1) B,
+    y = K * v + D v,    K_k = Re(C A_bar^k B_bar).                                 (3)
 
-    x_k = A_bar x_{k-1} + B_bar v_k,     y_k = Re(C x_k) + D v_k,                                     (2)
-    K_k = Re sum_n C_n B_bar_n A_bar_n^k,   A_bar = exp(dt A),   B_bar = A^{-1} (exp(dt A) - 1) B.    (3)
+The simplification. With B = 1 and dt = 1 fixed, a random A does as well as HiPPO. Only A,
+C and D are trained, and the linear maps. Each simplification can be undone: gate=False,
+bottleneck=1, train_B, train_dt, and measure="diag-lin" with the dt_min and dt_max of S4D.
 
-What was wrong before. An FFT over h channels is slow on hardware that is made for matrix products. GSS
-shrinks the SSM to h / bottleneck channels and spends the time in the linear maps around it: W_y y is
-multiplied by a gate of h expand features. That is what the gating is for; whether it is more accurate depends
-on the task.
+Differs from the paper: -Re A starts log-uniform in (1e-3, 1), so that memory ranges from 1
+to 1000 steps, and Im A uniform in (0, pi). Draws of order 1 forget within a few steps.
 
-The simplification. With B = 1 and dt = 1 fixed, a random A works as well as HiPPO. Only A, C and D remain of
-the SSM. Differs from the paper: -Re A starts log-uniform in (1e-3, 1), so that
-memory ranges from 1 to 1000 steps, and Im A uniform in (0, pi); draws of order 1 for both would forget within
-a few steps.
+Why no factor 2? The n numbers are independent, no conjugate pairs: the real part alone makes
+the output real.
 
-Each simplification can be undone: gate=False, bottleneck=1, measure="diag-lin" with dt_min and dt_max of
-s4d.py, train_B and train_dt.
+State, step and rate. The maps in (1) see one time step each. So the state is that of the
+SSM, and a step of the block is (1) around (2). With dt = 1 the unit of time is one step.
 
-State, step and rate. The maps of (1) act on one time step each, so that the state is that of the SSM, and a
-step of the block is (1) with (2). The rate multiplies dt; with dt = 1 the unit of time is the step of
-training.
-
-The fast kernel is the one of s4d.py: two digits of time, k = jT + i, A_bar^k = A_bar^{jT} A_bar^i, a product
-of two small matrices of powers, from factors in double precision, which also turn states into outputs and
-inputs into states.
-
-What is trained: A, C, D and the linear maps.
-
-Symbols: b batch, h features (d_model), c = h / bottleneck channels of the SSM, n states (d_state), l length;
-u, o (b, h, l); v, y (b, c, l); x (b, c, n) complex; A, B, A_bar, B_bar, C (c, n) complex; dt, D (c); K (c,
-l). The functions shared with s4d.py write h for c.
+Symbols: b batch, h features (d_model), c channels of the SSM, n states (d_state), l length.
+u, o (b, h, l); v, y (b, c, l); x (b, c, n) and A, B, A_bar, B_bar, C (c, n) complex;
+dt, D (c); K (c, l). In the functions below the layer, h stands for c.
 """
 
 import math
-import sys
-import time
-from typing import NamedTuple, Optional
 
 import torch
-from torch import Tensor, nn
-
-
-COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
-
-
-# ---- arguments ----
-
-def require(ok: bool, name: str, value, remedy: str) -> None:
-    """Raise a ValueError that names the argument, the value received and the remedy."""
-    if not ok:
-        raise ValueError(f"{name} = {value!r}: {remedy}")
-
-
-def check_number(name: str, value, kind: type = float, even: bool = False) -> None:
-    """value must be a positive, finite number; with kind=int a whole one."""
-    ok = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
-    remedy = f"pass a positive {'even ' * even}int" if kind is int else "pass a positive, finite number"
-    require(ok and not (even and value % 2), name, value, remedy)
-
-
-def check_tensor(name: str, x, shape: tuple, kind: str = "floating_point") -> None:
-    """x must be a tensor of this kind and shape, in which a letter stands for any size from 1 up."""
-    ok = isinstance(x, Tensor) and getattr(x, f"is_{kind}")() and x.ndim == len(shape)
-    ok = ok and all(got > 0 if isinstance(want, str) else got == want for got, want in zip(x.shape, shape))
-    got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else x
-    require(ok, name, got, f"pass a {kind.replace('_', ' ')} tensor ({', '.join(map(str, shape))})")
-
-
-def learning_rates(layer: nn.Module, lr, names: dict) -> dict:
-    """{parameter: learning rate} for lr = one rate, a dict by short name (1e-3 if left out) or None (empty).
-
-    names: {short name: its parameters}. The rate 0.0 freezes a parameter.
-    """
-    rates = {} if lr is None else dict.fromkeys(names, 1e-3 if isinstance(lr, dict) else lr)
-    rates |= lr if isinstance(lr, dict) else {}
-    for short, rate in rates.items():
-        ok = short in names and isinstance(rate, (int, float)) and 0 <= rate < math.inf
-        require(ok, "lr", lr, f"pass None, a rate >= 0, or a dict of such rates for {', '.join(names)}")
-    found = {name: rate for short, rate in rates.items() for name in names[short]}
-    for name, parameter in layer.named_parameters():
-        parameter.requires_grad_(found.get(name, 1.0) > 0)
-    return {name: float(found[name]) for name, _ in layer.named_parameters() if name in found}
-
-
-# ---- the matrix A ----
-
-MEASURES = ("diag-rand", "diag-lin")
-
-
-def random_or_linear_A(measure: str, c: int, n: int) -> Tensor:
-    """The initial eigenvalues: (c, n) complex128.
-
-    diag-rand: -Re log-uniform in (1e-3, 1), Im uniform in (0, pi), per sample if dt = 1
-    diag-lin: -1/2 + i pi k for k = 0 ... n - 1 (S4D-Lin, arXiv 2206.11893)
-    """
-    require(measure in MEASURES, "measure", measure, f"choose one of {', '.join(MEASURES)}")
-    if measure == "diag-lin":
-        imag = math.pi * torch.arange(n, dtype=torch.float64).expand(c, -1)
-        return torch.complex(torch.full_like(imag, -0.5), imag)
-    real, imag = torch.rand(2, c, n, dtype=torch.float64)
-    return torch.complex(-torch.exp(math.log(1e-3) * real), math.pi * imag)
-
-
-# ---- discretization ----
-
-def phi(z: Tensor) -> Tensor:
-    """(exp(z) - 1) / z, which is 1 at z = 0. Near 0 the difference would cancel: there its Taylor series."""
-    small = z.abs() < 0.02
-    series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5 * (1 + z / 6 * (1 + z / 7)))))
-    z = torch.where(small, 1, z)             # or the branch not taken would turn gradients into 0 * inf = nan
-    return torch.where(small, series, (z.exp() - 1) / z)
-
-
-def discretize_zoh(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-    """Zero-order hold: A_bar = exp(dt A), B_bar = A^-1 (exp(dt A) - 1) B."""
-    return torch.exp(dt * A), dt * phi(dt * A) * B
-
-
-class Discrete(NamedTuple):
-    """The matrices of the recurrence (2), each (c, n) complex."""
-    A_bar: Tensor
-    B_bar: Tensor
-    C: Tensor
-
-
-# ---- time in two digits ----
-
-def powers(a: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """a^0, a^1, ..., a^(count - 1) on a new axis, (h, n) -> (h, count, n).
-
-    By a^(r j + i) = (a^r)^j a^i with r about sqrt(count), so that autograd keeps little.
-    """
-    def first(a, count):
-        """a^0 ... a^(count - 1) by one product after another: (h, n) -> (h, count, n)."""
-        p = [torch.ones_like(a)]
-        while len(p) < count:
-            p.append(p[-1] * a)
-        return torch.stack(p, 1).to(dtype)
-
-    r = math.isqrt(count - 1) + 1
-    low, high = first(a, r), first(a ** r, -(-count // r))
-    return (high[:, :, None] * low[:, None]).flatten(1, 2)[:, :count]
-
-
-def two_digits(a: Tensor, l: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """low = a^i (h, T, n) in the precision of dtype, high = a^{jT} (h, J, n) in double precision, JT >= l."""
-    T = min(l, 2 * (math.isqrt(l - 1) + 1))                                  # 2 sqrt(l) is fastest, measured
-    return powers(a, T, COMPLEX[dtype]), powers(a ** T, -(-l // T), a.dtype)
-
-
-def as_real(z: Tensor, dtype: torch.dtype, conj: bool = False) -> Tensor:
-    """Re z_1, Im z_1, Re z_2, ... (conj: of the conjugate), (.., n) -> (.., 2n).
-
-    Re sum_n v_n w_n is then as_real(v) times as_real(w, conj=True): Re (a + ib)(c + id) = (a, b) (c, -d).
-    """
-    z = z.to(COMPLEX[dtype])
-    return torch.view_as_real(z.conj().resolve_conj() if conj else z).flatten(-2)
-
-
-def ssm_kernel(d: Discrete, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
-    """K_{jT+i} = Re sum_n (C_n B_bar_n A_bar_n^{jT}) (A_bar_n^i): (h, JT)."""
-    high = high * (d.C * d.B_bar)[:, None]
-    return (as_real(high, dtype) @ as_real(low, dtype, conj=True).mT).flatten(1)
-
-
-def output_of_state(d: Discrete, low: Tensor, high: Tensor, x: Tensor) -> Tensor:
-    """What the state x (b, h, n) adds to the next outputs: Re sum_n C_n A_bar_n^{k+1} x_n, (b, h, JT)."""
-    x = x[:, :, None] * (high * (d.C * d.A_bar)[:, None]).to(x.dtype)        # (b, h, J, n)
-    x, low = as_real(x, x.real.dtype), as_real(low, x.real.dtype, conj=True)
-    return torch.einsum("bhjn,hin->bhji", x, low).flatten(-2)
-
-
-def state_of_input(d: Discrete, low: Tensor, high: Tensor, u: Tensor) -> Tensor:
-    """The state that u (b, h, l) leaves: sum_k A_bar^{l-1-k} B_bar u_k, (b, h, n) complex."""
-    T, J = low.shape[1], high.shape[1]
-    u = nn.functional.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))     # zeros in front add nothing
-    x = torch.einsum("bhji,hin->bhjn", u, as_real(low.flip(1), u.dtype))     # each block of T by itself, ...
-    x = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return (x * (high.flip(1) * d.B_bar[:, None]).to(x.dtype)).sum(2)        # ... decayed to the end, summed
-
-
-def fft_conv(u: Tensor, K: Tensor) -> Tensor:
-    """Causal convolution y_k = sum_{i <= k} K_i u_{k-i} of u (.., l) with K (.., l), broadcast.
-
-    The FFT convolves on a circle: zeros up to length 2l - 1 or more keep the end out of the beginning. It is
-    fast for lengths 2^i, 3 2^i and 5 2^i.
-    """
-    l = u.shape[-1]
-    size = min(odd << ((2 * l - 2) // odd).bit_length() for odd in (1, 3, 5))
-    return torch.fft.irfft(torch.fft.rfft(u, size) * torch.fft.rfft(K, size), size)[..., :l]
+from torch import nn
+from torch.nn import functional as F
 
 
 # ---- the layer ----
 
-def channel_map(linear: nn.Linear, u: Tensor) -> Tensor:
-    """A linear layer over the features of u (b, h, l)."""
-    return linear.weight @ u.to(linear.weight.dtype) + linear.bias[:, None]
-
-
 class GSS(nn.Module):
-    """Gated state space layer (b, h, l) -> (b, h, l), equation (1), without norm and residual connection.
+    """(b, h, l) -> (b, h, l): the block (1), without norm and residual connection.
 
-    d_model, d_state: number of features h; number of states n per channel, all complex and independent
-    expand: the gate has h expand features (unused without it)
+    d_model, d_state: h, and n
+    expand: the gate has h expand features
     bottleneck: the SSM has h / bottleneck channels
-    gate: False leaves out the gate: o = W_o SSM(GELU(W_u u))
-    measure: initial A: "diag-rand", or "diag-lin" with dt_min=1e-3, dt_max=1e-1 (at dt = 1 its exp(i pi k)
-        are all 1 or -1)
-    train_B, train_dt: train B, starting from 1, and the step sizes
-    dt_min, dt_max: the initial step sizes are log-uniform in between, in the unit of time of A
-    lr: learning rates of dt, A and B for the optimizer, recorded in `ssm_lr` (see learning_rates),
-        0.0 for log_dt unless train_dt
-    Raises ValueError for any other value.
+    gate: False leaves the gate out: o = W_o SSM(GELU(W_u u))
+    measure: where A starts: diag-rand, or diag-lin (with smaller dt)
+    train_B, train_dt: train B, which starts from 1, and dt
+    dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
+    lr: learning rate of A, and of B and dt if trained, for the optimizer: see ssm_lr
     """
 
-    def __init__(self, d_model: int, d_state: int = 64, *, expand: int = 4, bottleneck: int = 4,
-                 gate: bool = True, measure: str = "diag-rand", train_B: bool = False, train_dt: bool = False,
-                 dt_min: float = 1.0, dt_max: float = 1.0, lr=1e-3):
+    def __init__(self, d_model, d_state=64, *, expand=4, bottleneck=4, gate=True,
+                 measure="diag-rand", train_B=False, train_dt=False, dt_min=1.0, dt_max=1.0,
+                 lr=1e-3):
         super().__init__()
-        check_number("d_model", d_model, int)
-        check_number("d_state", d_state, int)
-        check_number("expand", expand, int)
-        check_number("bottleneck", bottleneck, int)
-        check_number("dt_min", dt_min)
-        check_number("dt_max", dt_max)
-        require(dt_min <= dt_max, "dt_max", dt_max, f"pass at least dt_min = {dt_min}")
-        for name, flag in {"gate": gate, "train_B": train_B, "train_dt": train_dt}.items():
-            require(isinstance(flag, bool), name, flag, "pass True or False")
-        require(d_model % bottleneck == 0, "bottleneck", bottleneck, f"pass a divisor of d_model = {d_model}")
-        self.d_model, self.d_inner, self.d_state = d_model, d_model // bottleneck, d_state
-        c, n = self.d_inner, d_state
-        A, dtype = random_or_linear_A(measure, c, n), torch.get_default_dtype()
-        self.log_dt = nn.Parameter(math.log(dt_min) + torch.rand(c) * math.log(dt_max / dt_min))
-        self.log_A_real = nn.Parameter(torch.log(-A.real).to(dtype))
-        self.A_imag = nn.Parameter(A.imag.to(dtype).contiguous())
-        self.B = nn.Parameter(torch.tensor([1.0, 0.0]).repeat(c, n, 1)) if train_B else None
-        self.C = nn.Parameter(torch.randn(c, n, 2) * 0.5 ** 0.5)
-        self.D = nn.Parameter(torch.randn(c))
-        self.ssm_lr = learning_rates(self, lr, {"dt": ["log_dt"], "A": ["log_A_real", "A_imag"], "B": ["B"]})
-        if not train_dt:
-            self.log_dt.requires_grad_(False)
-            self.ssm_lr["log_dt"] = 0.0
-        self.input_linear = nn.Linear(d_model, c)                            # W_u
-        self.input_gate = nn.Linear(d_model, d_model * expand) if gate else None                 # W_v
-        self.output_gate = nn.Linear(c, d_model * expand) if gate else None                      # W_y
-        self.output_linear = nn.Linear(d_model * expand if gate else c, d_model)                 # W_o
+        check(expand > 0, f"{expand=}: pass a positive number")
+        check(bottleneck > 0 and d_model % bottleneck == 0,
+              f"{bottleneck=}: pass a divisor of d_model = {d_model}")
+        check(0 < dt_min <= dt_max < math.inf,
+              f"{dt_min=}, {dt_max=}: pass 0 < dt_min <= dt_max")
+        self.h, self.c, self.n = d_model, d_model // bottleneck, d_state
+        A = initial_A(measure, self.c, d_state)                 # (c, n)
+        log_dt = math.log(dt_min) + torch.rand(self.c) * math.log(dt_max / dt_min)
+        self.log_dt = nn.Parameter(log_dt, requires_grad=train_dt)
+        self.log_A_real = nn.Parameter((-A.real).log().to(log_dt))      # keeps Re A < 0
+        self.A_imag = nn.Parameter(A.imag.to(log_dt))
+        self.B = None
+        if train_B:
+            self.B = nn.Parameter(torch.tensor([1.0, 0.0]).repeat(*A.shape, 1))
+        self.C = nn.Parameter(torch.randn(*A.shape, 2) * 0.5 ** 0.5)    # real, imaginary
+        self.D = nn.Parameter(torch.randn(self.c))
+        self.ssm_lr = {"log_A_real": lr, "A_imag": lr}
+        if train_dt:
+            self.ssm_lr["log_dt"] = lr
+        if train_B:
+            self.ssm_lr["B"] = lr
+        width = d_model * expand if gate else self.c
+        self.input_linear = nn.Linear(d_model, self.c)                          # W_u
+        self.input_gate = nn.Linear(d_model, width) if gate else None           # W_v
+        self.output_gate = nn.Linear(self.c, width) if gate else None           # W_y
+        self.output_linear = nn.Linear(width, d_model)                          # W_o
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The real dtype of the computation: that of the parameters, float32 at least."""
-        return torch.promote_types(self.D.dtype, torch.float32)
+    def discretize(self, rate=1.0):
+        """(2) at step size rate * dt: A_bar, B_bar, C, (c, n) complex128.
 
-    def _discretize(self, rate: float) -> Discrete:
-        """discretize() in double precision, for the powers of A_bar."""
-        check_number("rate", rate)
-        dt = rate * self.log_dt.double().exp()[:, None]
+        In double precision, because an error of A_bar grows k-fold in A_bar^k.
+        """
+        if not 0 < rate < math.inf:
+            raise ValueError(f"{rate=}: pass a positive number")
+        check(self.D.dtype in (torch.float32, torch.float64),
+              f"parameters are {self.D.dtype}: too coarse for A, use float32 and autocast")
+        dt = rate * self.log_dt.double().exp()[:, None]         # (c, 1)
         A = torch.complex(-self.log_A_real.double().exp(), self.A_imag.double())
-        B = torch.ones_like(A) if self.B is None else torch.view_as_complex(self.B.double())
-        return Discrete(*discretize_zoh(A, B, dt), torch.view_as_complex(self.C.double()))
+        B_bar = torch.expm1(dt * A) / A
+        if self.B is not None:
+            B_bar = B_bar * torch.view_as_complex(self.B.double())
+        return torch.exp(dt * A), B_bar, torch.view_as_complex(self.C.double())
 
-    def discretize(self, rate: float = 1.0) -> Discrete:
-        """A_bar, B_bar and C of the recurrence (2) at step size rate * dt."""
-        return Discrete(*(matrix.to(COMPLEX[self.dtype]) for matrix in self._discretize(rate)))
+    def initial_state(self, batch_size):
+        """x_{-1} = 0: (b, c, n) complex128, for rounding adds up over the steps."""
+        return torch.zeros(batch_size, self.c, self.n, dtype=torch.complex128,
+                           device=self.D.device)
 
-    def kernel(self, l: int, rate: float = 1.0) -> Tensor:
-        """The impulse response K_0 ... K_{l-1} of equation (3), of the SSM alone, without D: (c, l)."""
-        check_number("l", l, int)
-        with torch.autocast("cuda" if self.D.is_cuda else "cpu", enabled=False):
-            d = self._discretize(rate)
-            return ssm_kernel(d, *two_digits(d.A_bar, l, self.dtype), self.dtype)[:, :l]
+    def step(self, u, state, *, rate=1.0, discrete=None):
+        """(1) around (2): u (b, h), state (b, c, n) -> o (b, h), next state.
 
-    def initial_state(self, batch_size: int) -> Tensor:
-        """x_{-1} = 0, (b, c, n) complex."""
-        check_number("batch_size", batch_size, int)
-        shape = batch_size, self.d_inner, self.d_state
-        return torch.zeros(shape, dtype=COMPLEX[self.dtype], device=self.D.device)
-
-    def check_state(self, state: Tensor, b: int) -> None:
-        """state must be complex (b, c, n)."""
-        check_tensor("state", state, (b, self.d_inner, self.d_state), "complex")
-
-    def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0,
-             discrete: Optional[Discrete] = None) -> tuple[Tensor, Tensor]:
-        """One step of the block (1): u (b, h), state (b, c, n) -> o (b, h) and the next state.
-
-        discrete: what discretize(rate) returned, to reuse it for many steps; rate is then ignored.
+        discrete: what discretize() returned, to use it for many steps
         """
-        check_tensor("u", u, ("b", self.d_model))
-        self.check_state(state, u.shape[0])
-        discrete = self.discretize(rate) if discrete is None else discrete
-        y, x = self._gated(lambda v: self._step(v, state, discrete), u[..., None])
-        return y[..., 0].to(u.dtype), x
+        self.check_input(u, 2, state)
+        A_bar, B_bar, C = discrete or self.discretize(rate)
+        v = self._enter(u)                              # (b, c)
+        x = A_bar * state + B_bar * v[..., None]        # (b, c, n)
+        y = (C * x).sum(-1).real + self.D * v           # (b, c)
+        return self._leave(y, u), x
 
-    def _step(self, v: Tensor, x: Tensor, d: Discrete) -> tuple[Tensor, Tensor]:
-        """The recurrence (2) as it stands: v (b, c, 1) -> y (b, c, 1), x."""
-        x = (d.A_bar * x + d.B_bar * v).to(d.A_bar.dtype)
-        return (d.C * x).real.sum(-1, keepdim=True) + self.D[:, None] * v, x
+    def kernel(self, l, rate=1.0):
+        """(3), of the SSM alone: K_0 ... K_{l-1}, (c, l)."""
+        if l < 1:
+            raise ValueError(f"{l=}: pass a positive length")
+        A_bar, B_bar, C = self.discretize(rate)
+        with full_precision(self.D):
+            digits = two_digits(A_bar, l, torch.view_as_complex(self.C).dtype)
+            return vandermonde(C * B_bar, digits, l)
 
-    def forward(self, u: Tensor, state: Optional[Tensor] = None, *, rate: float = 1.0,
-                method: str = "conv") -> tuple[Tensor, Optional[Tensor]]:
-        """A sequence: u (b, h, l), state (b, c, n) or None -> o (b, h, l) as u, final state or None.
+    def forward(self, u, state=None, *, rate=1.0, method="conv"):
+        """u (b, h, l), state (b, c, n) or None -> o (b, h, l), last state or None.
 
-        rate: factor on the step size: 2.0 for a signal sampled half as often as in training
-        method: "conv", in parallel by FFT, or "step", the recurrence: the same numbers up to rounding,
-            which with FFT is relative to the largest of the sequence
+        rate: factor on dt: 2.0 for a signal with half as many samples
+        method: conv is (3), step is (2): the same numbers
+        Raises ValueError for a u, state, rate or method that does not fit.
         """
-        check_tensor("u", u, ("b", self.d_model, "l"))
-        require(method in ("conv", "step"), "method", method, "choose conv or step")
-        if state is not None:
-            self.check_state(state, u.shape[0])
-        run = self._conv if method == "conv" else self._steps
-        y, last = self._gated(lambda v: run(v, state, rate), u)
-        return y.to(u.dtype), last
+        self.check_input(u, 3, state)
+        check(method in ("conv", "step"), f"{method=}: choose conv or step")
+        if method == "step":
+            return self._recurrence(u, state, rate)
+        v = self._enter(u)                              # (b, c, l)
+        with full_precision(u):
+            y, last = self._convolution(v.to(self.D.dtype), state, rate)
+        return self._leave(y, u), last
 
-    def _gated(self, ssm, u: Tensor) -> tuple[Tensor, Optional[Tensor]]:
-        """Equation (1) around ssm(v) -> y, final state: u (b, h, l) -> o (b, h, l), final state."""
-        v = nn.functional.gelu(channel_map(self.input_linear, u))
-        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):  # half precision is too coarse
-            y, last = ssm(v.to(self.dtype))
+    def _enter(self, u):
+        """v of (1): u (b, h, l) -> (b, c, l), or without l."""
+        return F.gelu(channel_map(self.input_linear, u))
+
+    def _leave(self, y, u):
+        """o of (1): y (b, c, l), u (b, h, l) -> (b, h, l), or without l."""
         if self.input_gate is not None:
-            y = channel_map(self.output_gate, y) * nn.functional.gelu(channel_map(self.input_gate, u))
-        return channel_map(self.output_linear, y), last
+            gate = F.gelu(channel_map(self.input_gate, u))      # (b, h expand, l)
+            y = channel_map(self.output_gate, y) * gate
+        return channel_map(self.output_linear, y).to(u.dtype)
 
-    def _steps(self, u: Tensor, state: Optional[Tensor], rate: float) -> tuple[Tensor, Optional[Tensor]]:
-        """The recurrence (2) over a sequence, in double precision: rounding adds up over the steps."""
-        x = self.initial_state(u.shape[0]) if state is None else state
-        outputs, discrete = [], self._discretize(rate)
-        for u_k in u.double().unbind(-1):
-            y_k, x = self._step(u_k[..., None], x, discrete)
+    def _recurrence(self, u, state, rate):
+        x = self.initial_state(len(u)) if state is None else state
+        discrete = self.discretize(rate)
+        outputs = []
+        for u_k in u.unbind(-1):
+            y_k, x = self.step(u_k, x, discrete=discrete)
             outputs.append(y_k)
-        return torch.cat(outputs, -1), None if state is None else x.to(COMPLEX[self.dtype])
+        return torch.stack(outputs, -1), None if state is None else x
 
-    def _conv(self, u: Tensor, state: Optional[Tensor], rate: float) -> tuple[Tensor, Optional[Tensor]]:
-        """The convolution (3). A state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the final state."""
-        d, l = self._discretize(rate), u.shape[-1]
-        low, high = two_digits(d.A_bar, l, self.dtype)
-        K = ssm_kernel(d, low, high, self.dtype)[:, :l]
-        y = fft_conv(u, K + nn.functional.pad(self.D[:, None], (0, l - 1)))  # D u: an impulse at k = 0
+    def _convolution(self, u, state, rate):
+        l = u.shape[-1]
+        D = F.pad(self.D[:, None], (0, l - 1))          # D u: an impulse at k = 0
+        y = fft_conv(u, self.kernel(l, rate) + D)       # (b, h, l)
         if state is None:
             return y, None
-        state = state.to(COMPLEX[self.dtype])
-        A_bar_l = d.A_bar * high[:, -1] * low[:, (l - 1) % low.shape[1]]     # pow would be slow
-        last = (A_bar_l * state).to(state.dtype) + state_of_input(d, low, high, u)
-        return y + output_of_state(d, low, high, state)[..., :l], last
+        A_bar, B_bar, C = self.discretize(rate)
+        digits = two_digits(A_bar, l, torch.view_as_complex(self.C).dtype)
+        # the state adds C A_bar^{k+1} x to y_k, and A_bar^l x to the last state
+        y = y + vandermonde(C * A_bar * state, digits, l)
+        return y, A_bar ** l * state + last_state(u, B_bar, digits)
+
+    def check_input(self, u, dims, state):
+        """dims 2: u (b, h); dims 3: u (b, h, l); state (b, c, n) or None."""
+        fits = u.dim() == dims and u.shape[1] == self.h and u.numel() > 0
+        check(fits and u.is_floating_point(),
+              f"u is {u.dtype} {tuple(u.shape)}: pass floats, {self.h} features, {dims}-d")
+        fits = state is None or state.shape == (len(u), self.c, self.n)
+        check(fits and (state is None or state.is_complex()),
+              "state: pass one of the shape and type of initial_state()")
 
 
-# ---- demo ----
+# ---- the linear maps, and powers of A_bar ----
 
-def demo(path: Optional[str] = None) -> None:
-    """Print how the modes agree and how long they take; draw the figure if a path is given."""
-    torch.manual_seed(0)
-    l, layer = 1024, GSS(3, 64, bottleneck=1).requires_grad_(False)
-    layer.log_dt.copy_(torch.tensor([1e-3, 1e-2, 1e-1]).log())
-    t = torch.arange(l) / l
-    u = torch.sin(2 * math.pi * torch.tensor([[2.0], [3.0], [5.0]]) * (t + t ** 2))[None]       # (1, 3, l)
+def channel_map(linear, u):
+    """A linear layer over the features of u (b, h) or (b, h, l): there as a convolution of
+    length 1, twice as fast as a matrix product, for which torch folds u with copies."""
+    u = u.to(linear.weight.dtype)
+    if u.dim() == 2:
+        return linear(u)
+    return F.conv1d(u, linear.weight[..., None], linear.bias)
 
-    def chunks():
-        """The same sequence in four uneven pieces: (1, 3, l)."""
-        y, state = [], layer.initial_state(1)
-        for piece in u.split([100, 1, 411, 512], -1):
-            y_piece, state = layer(piece, state)
-            y.append(y_piece)
-        return torch.cat(y, -1)
 
-    runs = {"convolution": lambda: layer(u)[0],
-            "step by step": lambda: layer(u, method="step")[0],
-            "four chunks, state forwarded": chunks,
-            "every second sample, rate 2": lambda: layer(u[..., 1::2], rate=2.0)[0],
-            "every second sample, rate 1 (wrong)": lambda: layer(u[..., 1::2])[0]}
-    y, whole = {}, layer(u)[0]
-    print(f"{f'GSS, h=3, n=64, l={l}':<36}{'difference':>12}{'time / ms':>12}")
-    for name, run in runs.items():
-        start = time.perf_counter()
-        y[name] = run()
-        duration = 1e3 * (time.perf_counter() - start)
-        error = (y[name] - (whole[..., 1::2] if "second" in name else whole)).abs().max() / whole.abs().max()
-        print(f"{name:<36}{error:12.1e}{duration:12.1f}")
-    if path is None:
-        return
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    disk, kernels, modes, rates = axes = list(figure.subplots(2, 2).flat)
-    disk.plot(torch.cos(2 * math.pi * t), torch.sin(2 * math.pi * t), color="0.7")
-    for dt, A_bar, K in zip(layer.log_dt.exp(), layer.discretize().A_bar, layer.kernel(l)):
-        disk.plot(A_bar.real, A_bar.imag, "o", ms=4, label=f"dt = {dt:.3f}")
-        kernels.plot(K / K.abs().max(), lw=1, label=f"dt = {dt:.3f}")
-    disk.set(title="Eigenvalues of A_bar in the unit disk", xlabel="Re A_bar", ylabel="Im A_bar", aspect=1)
-    kernels.set(title="Kernels, each scaled to 1", xlabel="step k", ylabel="K_k / max |K|")
-    modes.plot(u[0, 1], color="0.7", label="input u")
-    for (name, line), style in zip(y.items(), ("-", "--", ":", "--", ":")):
-        plot, step = (rates, 2) if "second" in name else (modes, 1)
-        plot.plot(range(step - 1, l, step), line[0, 1], style, lw=3, label=name)
-    rates.plot(whole[0, 1], color="0.7", label="all samples, rate 1")
-    modes.set(title="One output, three ways to compute it (dt = 0.010)", xlabel="step k", ylabel="u, y")
-    rates.set(title="Half the sampling frequency, no retraining", xlabel="step k", ylabel="y")
-    for ax in axes:
-        ax.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
-    print("wrote", path)
+def two_digits(A_bar, l, dtype):
+    """A_bar^{jT} (h, J, n) and A_bar^i (h, T, n), whose products are all A_bar^k, k < l.
 
+    Time has two digits, k = jT + i, as with T = 10 the tens and the ones: about 3 sqrt(l)
+    powers take the place of l, and with matrix products no (h, n, l) array appears.
+    """
+    T = 2 * int(l ** 0.5)
+    J = -(-l // T)
+    low = torch.linalg.vander(A_bar, N=T)               # (h, n, T)
+    high = torch.linalg.vander(low[..., -1] * A_bar, N=J + 1)[..., :J]      # N is > 1
+    return high.mT.to(dtype).contiguous(), low.mT.to(dtype).contiguous()
+
+
+def vandermonde(v, digits, l):
+    """Re sum_n v_n A_bar_n^k for k < l: v (.., h, n), digits of A_bar -> (.., h, l)."""
+    high, low = digits
+    v = v.to(high.dtype)[..., None, :] * high           # (.., h, J, n)
+    K = torch.einsum("...hjn,hin->...hji", as_real(v), as_real(low.conj()))
+    return K.flatten(-2)[..., :l]
+
+
+def last_state(u, B_bar, digits):
+    """sum_k A_bar^{l-1-k} B_bar u_k, the state that u (b, h, l) leaves: (b, h, n)."""
+    high, low = digits
+    J, T = high.shape[1], low.shape[1]
+    u = F.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))        # zeros in front
+    x = torch.einsum("bhji,hin->bhjn", u, as_real(low.flip(1)))     # the last i: power 0
+    x = torch.view_as_complex(x.unflatten(-1, (-1, 2)))             # (b, h, J, n)
+    return (x * high.flip(1)).sum(2) * B_bar                        # the last j: power 0
+
+
+def as_real(z):
+    """(.., n) complex as (.., 2n) real. Re(v w) is the product of v with w conjugate."""
+    return torch.view_as_real(z.resolve_conj()).flatten(-2)
+
+
+def fft_conv(u, K):
+    """y_k = sum_{i <= k} K_i u_{k-i}: u (b, h, l), K (h, l). l zeros keep the FFT, which
+    convolves on a circle, from wrapping the end around to the beginning."""
+    l = u.shape[-1]
+    product = torch.fft.rfft(u, 2 * l) * torch.fft.rfft(K, 2 * l)
+    return torch.fft.irfft(product, 2 * l)[..., :l]
+
+
+def full_precision(u):
+    """Switches autocast off: half precision is too coarse for the powers of A_bar."""
+    return torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False)
+
+
+# ---- where A starts ----
+
+def initial_A(measure, c, n):
+    """(c, n) complex128. diag-lin is that of S4D (arXiv 2206.11893)."""
+    check(n > 0, f"d_state={n}: pass a positive number")
+    check(measure in ("diag-rand", "diag-lin"), f"{measure=}: choose diag-rand or diag-lin")
+    if measure == "diag-lin":
+        imag = math.pi * torch.arange(n, dtype=torch.float64).repeat(c, 1)
+        return torch.complex(torch.full_like(imag, -0.5), imag)
+    real = -(1e-3 ** torch.rand(c, n, dtype=torch.float64))     # log-uniform in (1e-3, 1)
+    return torch.complex(real, math.pi * torch.rand(c, n, dtype=torch.float64))
+
+
+def check(ok, message):
+    """Raise a ValueError unless ok."""
+    if not ok:
+        raise ValueError(message)
+
+
+# ---- one signal in every mode ----
 
 if __name__ == "__main__":
-    demo(*sys.argv[1:2])
+    torch.manual_seed(0)
+    l, layer = 1000, GSS(d_model=4, bottleneck=2)
+    u = torch.randn(2, 4, l)
+    A_bar, B_bar, C = layer.discretize()
+    K = torch.stack([(C * A_bar ** k * B_bar).sum(-1).real for k in range(l)], -1)
+    y, _ = layer(u)
+    stepped, _ = layer(u, method="step")
+    first, state = layer(u[..., :300], layer.initial_state(2))
+    second, state = layer(u[..., 300:], state)
+    smooth = torch.linspace(0, 6, l).sin().expand(2, 4, l)
+    full, _ = layer(smooth)
+    half, _ = layer(smooth[..., 1::2], rate=2.0)
+    for what, a, b in (("kernel, definition", layer.kernel(l), K),
+                       ("convolution, recurrence", y, stepped),
+                       ("whole, two pieces", y, torch.cat([first, second], -1)),
+                       ("all samples, every second at rate 2", full[..., 1::2], half)):
+        print(f"{what:<36} differ by {(a - b).abs().max() / b.abs().max():.1e}")

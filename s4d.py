@@ -146,7 +146,7 @@ class S4D(nn.Module):
         return y, A_bar ** l * state + last_state(u, B_bar, digits)
 
     def check_input(self, u, dims, state):
-        """u (b, h) or (b, h, l) with the given number of dimensions, state (b, h, n/2)."""
+        """dims 2: u (b, h); dims 3: u (b, h, l); state (b, h, n/2) or None."""
         fits = u.dim() == dims and u.shape[1] == self.h and u.numel() > 0
         check(fits and u.is_floating_point(),
               f"u is {u.dtype} {tuple(u.shape)}: pass floats, {self.h} features, {dims}-d")
@@ -166,7 +166,7 @@ def two_digits(A_bar, l, dtype):
     T = 2 * int(l ** 0.5)
     J = -(-l // T)
     low = torch.linalg.vander(A_bar, N=T)               # (h, n, T)
-    high = torch.linalg.vander(low[..., -1] * A_bar, N=J + 1)[..., :J]      # N must be > 1
+    high = torch.linalg.vander(low[..., -1] * A_bar, N=J + 1)[..., :J]      # N is > 1
     return high.mT.to(dtype).contiguous(), low.mT.to(dtype).contiguous()
 
 

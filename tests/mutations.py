@@ -44,7 +44,7 @@ MUTATIONS = [
     ("dss", "normalizer", "x = Lambda * torch.expm1(sign", "x = Lambda * torch.exp(sign",
      "tests/test_golden.py -k dss"),
     ("dss", "share of B", "torch.expm1(z) / Lambda * share", "torch.expm1(z) / Lambda", "tests/test_modes.py -k dss"),
-    ("gss", "gate", "* nn.functional.gelu(channel_map(self.input_gate", "* (channel_map(self.input_gate",
+    ("gss", "gate", "gate = F.gelu(channel_map", "gate = (channel_map",
      "tests/test_modes.py -k gss"),
     ("s5", "gradient of A off by one", "w[:, 1:] *= x[:, :-1]", "w[:, 1:] *= x[:, 1:]", "tests/test_s5.py -k gradient"),
     ("s5", "starts of the blocks", "(a ** len(steps)).to", "(a ** (len(steps) - 1)).to", "tests/test_modes.py -k s5"),
