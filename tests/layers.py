@@ -94,8 +94,7 @@ def s5_case(name, **options):
     arguments = {k: options[k] for k in ("disc", "conj_sym", "clip_eigs", "bidirectional") if k in options}
     rescale = options.get("step_rescale", 1.0)
     return Case(name, "s5", "S5", options, lambda p, u, x, rate: oracle.s5(p, u, x, rate * rescale, **arguments),
-                methods=("scan", "conv", "step")[:2 + ("bidirectional" not in options)], has_kernel=False,
-                has_state="bidirectional" not in options)
+                methods=("scan", "conv", "step"), has_kernel=False, has_state="bidirectional" not in options)
 
 
 CASES = [

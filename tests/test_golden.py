@@ -179,15 +179,16 @@ def test_s5(name, suffix):
     values = dict(Lambda_re=g["Lambda"].real, Lambda_im=g["Lambda"].imag, B=pair(g["B_tilde"]), D=g["D"],
                   log_step=g["log_step"])
     C = [g["C1_tilde"], g["C2_tilde"]] if two_ways else [g["C_tilde"]]
-    layer, forward = S5(4, 16, bidirectional=two_ways, **options), S5(4, 16, **options)
+    p, h = g["B_tilde"].shape
+    layer, forward = S5(h, 2 * p, bidirectional=two_ways, **options), S5(h, 2 * p, **options)
     set_parameters(layer, C=pair(np.concatenate(C, 1)), **values)
     set_parameters(forward, C=pair(C[0]), **values)
     u = torch.from_numpy(g["u"])
-    for method in ("scan", "conv") if two_ways else ("scan", "conv", "step"):
+    for method in ("scan", "conv", "step"):
         assert error(layer(u, method=method)[0], g["y" + suffix]) <= 1e-10
-        assert error(forward(u, forward.initial_state(2), method=method)[1], g["xL" + suffix]) <= 1e-10
+        assert error(forward(u, forward.initial_state(len(u)), method=method)[1], g["xL" + suffix]) <= 1e-10
         if two_ways:
-            first = forward(u.flip(-1), forward.initial_state(2), method=method)[1]
+            first = forward(u.flip(-1), forward.initial_state(len(u)), method=method)[1]
             assert error(first, g["xrev0" + suffix]) <= 1e-10
     A_bar, B_bar, C_bar = forward.discretize()
     assert error(A_bar, g["Lambda_bar" + suffix]) <= 1e-12 and error(B_bar, g["B_bar" + suffix]) <= 1e-12
@@ -198,9 +199,10 @@ def test_lru():
     from lru import LRU
     g = load("lru")
     logs = {name: g[name] for name in ("nu_log", "theta_log", "gamma_log")}
-    layer = set_parameters(LRU(4, 16), B=pair(g["B"]), C=pair(g["C"]), D=g["D"], **logs)
+    n, h = g["B"].shape
+    layer = set_parameters(LRU(h, n), B=pair(g["B"]), C=pair(g["C"]), D=g["D"], **logs)
     for method in ("scan", "conv", "step"):
-        y, last = layer(torch.from_numpy(g["u"]), layer.initial_state(2), method=method)
+        y, last = layer(torch.from_numpy(g["u"]), layer.initial_state(len(g["u"])), method=method)
         assert error(y, g["y"]) <= 1e-10 and error(last, g["xL"]) <= 1e-10
 
 

@@ -259,20 +259,3 @@ def test_bad_sequences_states_rates_and_methods(case):
             with pytest.raises(ValueError, match=f"^{argument}") as caught:
                 call()
             assert ":" in str(caught.value), (argument, i)
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case.module in ("s5", "lru")], **IDS)
-def test_backward_inside_of_autocast(case):
-    """It should be called outside, but our own backward passes stay in float32 even so."""
-    gradients = []
-    for inside in (False, True):
-        layer, u = case.build(), signal(2, case.h, 50).requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y, _ = layer(u)
-            if inside:
-                y.square().sum().backward()
-        if not inside:
-            y.square().sum().backward()
-        gradients.append([u.grad, *(p.grad for p in layer.parameters() if p.grad is not None)])
-    for inside, outside in zip(*gradients):
-        assert error(inside, outside) <= 1e-5
