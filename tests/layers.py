@@ -146,8 +146,7 @@ def leaves(state):
 
 def like(state, leaves):
     """The reverse of leaves()."""
-    return leaves[0] if isinstance(state, torch.Tensor) else type(state)(leaves) if type(state) is tuple else \
-        type(state)(*leaves)
+    return leaves[0] if isinstance(state, torch.Tensor) else tuple(leaves)
 
 
 def random_state(layer, b, seed=1):

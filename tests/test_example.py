@@ -488,7 +488,8 @@ def test_training_writes_everything(trained):
 def test_best_checkpoint_is_the_first_of_the_highest_accuracy(tmp_path, monkeypatch):
     """The network answers class 1 at epoch 1, class 2 at epoch 2, ...: at first no image is of it."""
     epochs = iter(range(1, 100))
-    monkeypatch.setattr(example, "read_images", lambda args, net, x, *_: torch.eye(10)[[next(epochs) % 10] * len(x)])
+    monkeypatch.setattr(example, "read_images",
+                        lambda args, net, x, *_: torch.eye(10)[[next(epochs) % 10] * len(x)])
     run(tmp_path, "--epochs", "10")
     history = load(tmp_path / "s4d" / "last.pt")["history"]
     accuracies = [row["val_accuracy"] for row in history]
@@ -698,8 +699,9 @@ def test_validation_that_diverges_is_noticed(tmp_path, capsys, monkeypatch):
     (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
 ])
 def test_a_file_that_is_no_checkpoint(copy, capsys, damage, message):
-    for name, flags in (("best.pt", ["--eval", copy / "s4d" / "best.pt"]), ("last.pt", ["--resume", "--out", copy])):
-        path = copy / "s4d" / name
+    folder = copy / "s4d"
+    for name, flags in (("best.pt", ["--eval", folder / "best.pt"]), ("last.pt", ["--resume", "--out", copy])):
+        path = folder / name
         damage(path)
         if name == "best.pt" or path.exists():
             said = refusal(flags, capsys)
