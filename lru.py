@@ -155,7 +155,8 @@ def linear_scan(a, v, x, T=32):
     precision of v, is multiplied T times at most, for a^T comes from double precision.
     """
     l = v.shape[1]
-    T = min(T, l)
+    if l < T:
+        T = l                                           # one block
     steps = F.pad(v, (0, 0, 0, -l % T)).unflatten(1, (-1, T)).unbind(2)     # T of (b, J, n)
     a_v = a.to(v.dtype)
     state = x[:, None].to(v.dtype)                      # (b, 1, n): where the first starts

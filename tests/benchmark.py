@@ -1,15 +1,17 @@
-"""How fast the layers are and how much memory they take, as ratios to plain code for the same numbers.
+"""How fast the layers are and how much memory they take, as ratios to plain code.
 
-    python tests/benchmark.py                                everything, in about four minutes
-    python tests/benchmark.py s4d s5 --quick                 only these, with fewer repetitions
-    python tests/benchmark.py --markdown                     the table once more, as README.md shows it
-    python tests/benchmark.py --plot figures/benchmark.png   two more minutes for time against length
+    python tests/benchmark.py                                all, in about four minutes
+    python tests/benchmark.py s4d s5 --quick                 these, with fewer repetitions
+    python tests/benchmark.py --markdown                     writes figures/benchmark.md
+    python tests/benchmark.py --plot figures/benchmark.png   time against length, too
 
-Why ratios? Times differ between machines, and on a busy machine from minute to minute. So each row calls two
-things in turn, ours, reference, ours, reference, ..., and compares the median times: drift hits both. The
-reference is written out here, from the definition, and reads the same parameters; a row first checks that
-both give the same numbers. "f+b" is forward and backward, with the gradients of |y|^2 / 2 for the input and
-the parameters; everything else is the forward pass alone.
+Why ratios? Times differ between machines, and on a busy machine from minute to minute. So
+each row calls two things in turn, ours, reference, ours, reference, ..., and compares the
+median times: drift hits both. The reference is written out here, from the definition, reads
+the same parameters and computes in single precision; a row first checks that both give the
+same numbers. A step is in double precision on both sides. "f+b" is forward and backward,
+with the gradients of |y|^2 / 2 for the input and the parameters; everything else is the
+forward pass alone.
 
 Memory is what a call allocates: the largest sum of all blocks alive at one time that came into being in the
 call, its result and the temporaries inside of operations included. It is the running sum of the allocations
@@ -140,9 +142,10 @@ class Table:
         self.add(what, peak_memory(ours), peak_memory(theirs), "MB", at_most=at_most)
 
     def markdown(self):
-        """The table for README.md."""
+        """The file figures/benchmark.md."""
         rows = [self.COLUMNS, ("---", *["---:"] * 4, "---"), *self.rows]
-        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        return f"# tests/benchmark.py on {machine()}\n\n{table}\n"
 
 
 # ---- plain code for the same numbers ----
@@ -179,12 +182,13 @@ def cauchy_kernel(Lambda, P, B, C, dt, l):
     return torch.fft.irfft(2 / (1 + roots) * (k00 - k01 * k10 / (1 + k11)), l)
 
 
-def krylov_loop(d, l):
+def krylov_loop(discrete, l):
     """LSSL: C A_bar^k B_bar, one k after the other, with A_bar (h, n, n) -> (h, l)."""
-    x, K = d.B_bar[..., None], []
+    A_bar, B_bar, C = (x.float() for x in discrete)
+    x, K = B_bar[..., None], []
     for _ in range(l):
-        K.append((d.C.transpose(0, 1) @ x)[:, 0, 0])
-        x = d.A_bar @ x
+        K.append((C.transpose(0, 1) @ x)[:, 0, 0])
+        x = A_bar @ x
     return torch.stack(K, -1)
 
 
@@ -199,12 +203,13 @@ def doubling_scan(a, v):
     return v
 
 
-def doubling_layer(d, D, u):
-    """S5 and LRU with this scan between their projections: A_bar (p), B_bar (p, h), C (h, p), u (b, h, l)."""
-    B = torch.view_as_real(d.B_bar.mT).flatten(1)                            # (h, 2p): Re B_1, Im B_1, ...
-    C = torch.view_as_real(d.C.conj_physical()).flatten(1)                   # Re(C x) = Re C Re x - Im C Im x
-    v = torch.view_as_complex((u.mT @ B).unflatten(-1, (-1, 2)))             # (b, l, p)
-    x = torch.view_as_real(doubling_scan(d.A_bar, v)).flatten(-2)
+def doubling_layer(discrete, D, u):
+    """S5 and LRU with this scan between their projections: u (b, h, l)."""
+    A_bar, B_bar, C = (x.to(torch.complex64) for x in discrete)     # (p), (p, h), (h, p)
+    B = torch.view_as_real(B_bar.mT).flatten(1)                     # (h, 2p): Re, Im, Re, ...
+    C = torch.view_as_real(C.conj_physical()).flatten(1)            # the conjugate for Re(C x)
+    v = torch.view_as_complex((u.mT @ B).unflatten(-1, (-1, 2)))    # (b, l, p)
+    x = torch.view_as_real(doubling_scan(A_bar, v)).flatten(-2)
     return (x @ C.mT + D * u.mT).mT
 
 
@@ -215,31 +220,45 @@ def doubling_selective_scan(u, delta, A, B, C):
     return torch.einsum("bdln,bnl->bdl", doubling_scan(a, v), C)
 
 
-def diagonal_step(d, D, u, x):
+def diagonal_step(discrete, D, u, x):
     """One step with n numbers A_bar for each feature: u (b, h), x (b, h, n)."""
-    x = d.A_bar * x + d.B_bar * u[..., None]
-    return (d.C * x).real.sum(-1) + D * u, x
+    A_bar, B_bar, C = discrete
+    x = A_bar * x + B_bar * u[..., None]
+    return (C * x).real.sum(-1) + D * u, x
 
 
-def dense_step(d, D, u, x):
+def dense_step(discrete, D, u, x):
     """One step with a matrix A_bar (n, n) for each feature: u (b, h), x (b, h, n)."""
-    x = torch.einsum("hij,bhj->bhi", d.A_bar, x) + d.B_bar * u[..., None]
-    return (d.C[0] * x).sum(-1) + D[0] * u, x
+    A_bar, B_bar, C = discrete
+    x = torch.einsum("hij,bhj->bhi", A_bar, x) + B_bar * u[..., None]
+    return (C[0] * x).sum(-1) + D[0] * u, x
 
 
-def shared_step(d, D, u, x):
+def shared_step(discrete, D, u, x):
     """One step with one state for all features: u (b, h), x (b, p)."""
-    x = d.A_bar * x + u.to(x.dtype) @ d.B_bar.mT
-    return (x @ d.C.mT).real + D * u, x
+    A_bar, B_bar, C = discrete
+    x = A_bar * x + u.to(x.dtype) @ B_bar.mT
+    return (x @ C.mT).real + D * u, x
 
 
-def loop_layer(d, D, u):
+def loop_layer(discrete, D, u):
     """S5 and LRU by one step after the other: u (b, h, l) -> (b, h, l)."""
-    x, y = u.new_zeros(len(u), len(d.A_bar), dtype=d.A_bar.dtype), []
+    discrete = [x.to(torch.complex64) for x in discrete]
+    x, y = u.new_zeros(len(u), len(discrete[0]), dtype=torch.complex64), []
     for u_k in u.unbind(-1):
-        y_k, x = shared_step(d, D, u_k, x)
+        y_k, x = shared_step(discrete, D, u_k, x)
         y.append(y_k)
     return torch.stack(y, -1)
+
+
+def plain_block(layer, u):
+    """GSS with matrix products for its linear maps: u (b, h, l) -> (b, h, l)."""
+    def linear(map, x):
+        return map.weight @ x + map.bias[:, None]
+    K = layer.kernel(u.shape[-1]) + F.pad(layer.D[:, None], (0, u.shape[-1] - 1))
+    y = fft_conv(F.gelu(linear(layer.input_linear, u)), K)
+    gate = F.gelu(linear(layer.input_gate, u))
+    return linear(layer.output_linear, linear(layer.output_gate, y) * gate)
 
 
 # ---- the rows of each layer ----
@@ -263,13 +282,14 @@ def convolution_row(table, name, layer, at_most=math.inf):
 
 
 def state_rows(table, name, layer, step=None, with_state=math.inf, one_step=math.inf):
-    """Forward with state against without, and layer.step with discrete against step(discrete, D, u, x)."""
+    """Forward with state against without; layer.step against step(discrete, D, u, x)."""
     u, zero = torch.randn(BATCH, H, L), layer.initial_state(BATCH)
     sides = (lambda: layer(u, zero)), (lambda: layer(u))
     table.time(f"{name}: forward with state, against without", *map(forward, sides), at_most=with_state)
     if step is not None:
-        v, d = u[..., 0].contiguous(), layer.discretize()
-        sides = (lambda: layer.step(v, zero, discrete=d)), (lambda: step(d, layer.D, v, zero))
+        v, discrete = u[..., 0].contiguous(), layer.discretize()
+        sides = (lambda: layer.step(v, zero, discrete=discrete),
+                 lambda: step(discrete, layer.D, v, zero))
         table.time(f"{name}: step, against its bare arithmetic", *map(forward, sides), at_most=one_step)
 
 
@@ -286,15 +306,15 @@ def bench_s4d(table, module):
         return 2 * vandermonde(*diagonal_parameters(layer), L)
     kernel_rows(table, "s4d", layer, direct, "(h, n/2, l) array", at_least=8, at_most=0.1)
     convolution_row(table, "s4d", layer, at_most=1.4)
-    state_rows(table, "s4d", layer, diagonal_step, with_state=1.8, one_step=2)
+    state_rows(table, "s4d", layer, diagonal_step, with_state=2, one_step=2)
 
 
 def bench_s4(table, module):
     layer = module.S4(H, N)
     with torch.no_grad():                                    # the parameter of the paper: C (1 - A_bar^l)
-        d = layer.discretize()
-        C = d.C[0] - (d.C[0][:, None] @ torch.linalg.matrix_power(d.A_bar, L))[:, 0]
-        C = torch.stack([C[:, :N // 2], -C[:, N // 2:]], -1) / 2
+        A_bar, _, (C,) = layer.discretize()
+        C = C - (C[:, None] @ torch.linalg.matrix_power(A_bar, L))[:, 0]
+        C = torch.stack([C[:, :N // 2], -C[:, N // 2:]], -1).float() / 2
     C.requires_grad_()
 
     def textbook():
@@ -337,7 +357,11 @@ def bench_gss(table, module):
     wide = module.GSS(H, N, bottleneck=1)                    # with a kernel for each of h features
     direct = lambda: vandermonde(*diagonal_parameters(wide), L)             # noqa: E731
     kernel_rows(table, "gss", wide, direct, "(h, n, l) array", at_least=8, at_most=0.1)
-    state_rows(table, "gss", module.GSS(H, N))
+    layer, u = module.GSS(H, N), torch.randn(BATCH, H, L, requires_grad=True)
+    inputs = [u, *layer.parameters()]
+    sides = both_ways(lambda: layer(u), inputs), both_ways(lambda: plain_block(layer, u), inputs)
+    table.time("gss: block f+b, against plain linear maps", *sides, at_least=1.2)
+    state_rows(table, "gss", layer)
 
 
 def bench_shared(table, name, layer):
@@ -351,7 +375,8 @@ def bench_shared(table, name, layer):
         table.time(f"{name}: {what}, against log-depth scan", *sides(doubling_layer, BATCH, wrap), 1.3)
     for wrap, what in (forward, "forward"), (both_ways, "f+b"):
         table.time(f"{name}: {what} at batch 1, against step loop", *sides(loop_layer, 1, wrap), 5)
-    table.memory(f"{name}: memory of f+b, against step loop", *sides(loop_layer, BATCH, both_ways), at_most=1)
+    table.memory(f"{name}: memory of f+b, against step loop",     # autograd keeps the states
+                 *sides(loop_layer, BATCH, both_ways), at_most=2.5)
     state_rows(table, name, layer, shared_step, with_state=1.15)
 
 
@@ -372,10 +397,11 @@ def bench_selective_scan(table, module):
 
     layer = module.SelectiveSSM(H)
 
-    def step(d, D, u, x):
+    def step(discrete, D, u, x):
+        A, rate = discrete
         low, B, C = (u @ layer.x_proj.weight.mT).split([layer.dt_rank, 16, 16], -1)
-        dt = F.softplus(layer.dt_proj(low))
-        x = torch.exp(dt[..., None] * d.A) * x + (dt * u)[..., None] * B[:, None]
+        dt = rate * F.softplus(layer.dt_proj(low))
+        x = torch.exp(dt[..., None] * A) * x + (dt * u)[..., None] * B[:, None]
         return (x * C[:, None]).sum(-1) + D * u, x
     state_rows(table, name, layer, step)
 
@@ -458,7 +484,7 @@ def main(argv=None):
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--plot", metavar="PATH", help="save a figure of the time against the length, too")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    parser.add_argument("--markdown", action="store_true", help="print the table once more, for README.md")
+    parser.add_argument("--markdown", action="store_true", help="write figures/benchmark.md")
     args = parser.parse_args(argv)
     for name in set(args.names) - set(BENCHMARKS):
         parser.error(f"name {name}: choose from {', '.join(BENCHMARKS)}")
@@ -478,7 +504,8 @@ def main(argv=None):
     found = [row[-1] for row in table.rows]
     print(f"{found.count('ok')} requirements hold, {found.count('no')} do not; {time.time() - start:.0f} s")
     if args.markdown:
-        print(f"\n{machine()}\n\n{table.markdown()}")
+        (ROOT / "figures" / "benchmark.md").write_text(table.markdown())
+        print("wrote figures/benchmark.md")
     if args.plot:
         plot(args.plot)
 

@@ -126,7 +126,7 @@ CASES = [
     lssl_case("lssl-each", alpha=0.7, train_A="each", train_dt=True),
     s4_case("s4"),
     s4_case("s4-legt-channels", measure="legt", channels=2),
-    s4_case("s4-fout-softplus", measure="fout", real_type="softplus"),
+    s4_case("s4-fout-relu", measure="fout", real_type="relu"),
     s4_case("s4-hippo-shared", measure="hippo", n_ssm=2, rank=2, h=4),
     s4_case("s4-diag-inv", mode="diag", measure="diag-inv", channels=2, n_ssm=1),
     s4_case("s4-diag-bilinear", mode="diag", measure="diag", disc="bilinear", h=4),

@@ -81,11 +81,12 @@ def test_s4d_minimal():
 def test_s4_nplr(measure):
     from s4 import S4
     g = load(f"s4_nplr_{measure}")
-    layer = set_parameters(S4(4, 16, measure=measure), log_dt=np.log(g["dt"]), A_imag=g["w"].imag,
+    h, half = g["w"].shape
+    layer = set_parameters(S4(h, 2 * half, measure=measure), log_dt=np.log(g["dt"]), A_imag=g["w"].imag,
                            log_A_real=np.log(-g["w"].real), P=pair(g["P"]), B=pair(g["B"]),
                            C=pair(g["C_true"])[None], D=g["D"][None])
     check(layer, g)
-    identity = np.eye(8)
+    identity = np.eye(half)
     both = np.block([[identity, 1j * identity], [identity, -1j * identity]])     # [Re x; Im x] -> [x; conj x]
     A_bar, B_bar, C = layer.discretize()
     assert error(both @ A_bar.detach().numpy(), g["dA"] @ both) <= 1e-12
@@ -96,7 +97,8 @@ def test_s4_nplr(measure):
 def test_s4_diagonal(disc):
     from s4 import S4
     g = load(f"s4d_{disc}")
-    layer = set_parameters(S4(4, 16, mode="diag", disc=disc), log_dt=np.log(g["dt"]), A_imag=g["A"].imag,
+    h, half = g["A"].shape
+    layer = set_parameters(S4(h, 2 * half, mode="diag", disc=disc), log_dt=np.log(g["dt"]), A_imag=g["A"].imag,
                            log_A_real=np.log(-g["A"].real), B=pair(g["B"]), C=pair(g["C"])[None],
                            D=g["D"][None])
     check(layer, g)
@@ -125,10 +127,11 @@ def test_lssl(key):
     from lssl import LSSL
     g = {name.removeprefix(f"{key}_"): value for name, value in load("lssl").items()}
     values = {"log_dt": np.log(g["dt"]), "A": g["A"], "B": g["B"], "C": g["C"][None], "D": g["D"][None]}
-    check(set_parameters(LSSL(4, 16), **values), {name: g[name] for name in ("u", "y", "K")})
+    h, n = g["C"].shape
+    check(set_parameters(LSSL(h, n), **values), {name: g[name] for name in ("u", "y", "K")})
     for alpha, suffix in ((0.0, "_alpha0"), (0.5, ""), (1.0, "_alpha1")):
         if "dA" + suffix in g:
-            A_bar, B_bar, _ = set_parameters(LSSL(4, 16, alpha=alpha), **values).discretize()
+            A_bar, B_bar, _ = set_parameters(LSSL(h, n, alpha=alpha), **values).discretize()
             assert error(A_bar, g["dA" + suffix]) <= 1e-12 and error(B_bar, g["dB" + suffix]) <= 1e-12
 
 

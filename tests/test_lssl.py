@@ -6,15 +6,17 @@ import torch
 
 import oracle
 from layers import error, signal
-from lssl import LSSL, MEASURES, discretize_gbt, hippo_legendre, krylov, output_of_dense_state, reconstruct, squares
+from lssl import LSSL, advance, hippo_legendre, krylov, reconstruct, response, squares, state_of_input
 from test_golden import load
+
+MEASURES = ("legs", "legt")
 
 
 def test_hippo_matrices_are_the_official_ones():
     g = load("lssl")
     for key, measure, factor, tolerance in (
             ("legs", "legs", 1, 1e-12), ("legt", "legt", 2, 1e-12), ("hazy_legt", "legt", 1, 1e-7)):
-        A, B = hippo_legendre(measure, 16)
+        A, B = hippo_legendre(measure, g[f"{key}_B"].shape[-1])
         assert error(A, factor * g[f"{key}_A"]) <= tolerance and error(B, factor * g[f"{key}_B"]) <= tolerance
     assert error(hippo_legendre("legs", 64)[0], oracle.hippo_legs(64)[0]) <= 1e-14
 
@@ -83,9 +85,12 @@ def test_reconstruction_improves_with_the_number_of_states(measure, window, boun
 def test_order_of_accuracy(alpha, order):
     A, B = hippo_legendre("legs", 4)
     exact = torch.linalg.matrix_exp(A)
+    layer = LSSL(1, 4, alpha=alpha).double()
+    layer.A.data, layer.B.data = A, B
     errors = []
     for steps in (200, 400):
-        A_bar, B_bar = discretize_gbt(A, B, torch.tensor([1 / steps], dtype=torch.float64), alpha)
+        layer.log_dt.data.fill_(-np.log(steps))
+        A_bar, B_bar, _ = layer.discretize()
         x = sum(torch.linalg.matrix_power(A_bar[0], k) @ B_bar[0] for k in range(steps))     # u = 1
         errors.append((error(torch.linalg.matrix_power(A_bar[0], steps), exact),
                        error(x, torch.linalg.solve(A, (exact - torch.eye(4)) @ B))))
@@ -98,22 +103,29 @@ def test_order_of_accuracy(alpha, order):
 def test_stability_for_large_steps(measure, alpha):
     for dt in (1e-3, 1.0, 1e3):
         layer = LSSL(1, 16, measure=measure, alpha=alpha, dt_min=dt, dt_max=dt).double()
-        largest = torch.linalg.eigvals(layer.discretize().A_bar).abs().max()
+        A_bar, _, _ = layer.discretize()
+        largest = torch.linalg.eigvals(A_bar).abs().max()
         assert largest <= 1 + 1e-9 if alpha >= 0.5 else dt < 1 or largest > 1
 
 
-def test_outputs_of_the_state_B_bar_are_the_kernel():
+def test_powers_by_two_digits():
     A_bar, B_bar, C = (0.5 * signal(2, k, 4, seed=k, dtype=torch.float64) for k in (4, 1, 3))
-    B_bar = B_bar[:, 0]
+    B_bar, C = B_bar[:, 0], C.transpose(0, 1)                        # (h, n), (m, h, n)
     for l in (1, 2, 3, 4, 5, 8, 9, 64, 65):
-        powers = squares(A_bar, l)
-        assert len(powers) == max(1, (l - 1).bit_length())
-        x, expected = B_bar[..., None], []
+        low, high = squares(A_bar, l, torch.float64)
+        assert len(low + high) == max(1, (l - 1).bit_length())
+        x, expected, states = B_bar, [], []
         for _ in range(l):
-            expected.append((C @ x)[..., 0].mT)
-            x = A_bar @ x
-        assert error(output_of_dense_state(C, powers, B_bar[None])[0, ..., :l], torch.stack(expected, -1)) <= 1e-12
-    assert error(krylov(squares(A_bar, 4), C)[:, 9:], C @ A_bar @ A_bar @ A_bar) <= 1e-12
+            states.append(x)
+            expected.append((C * x).sum(-1))
+            x = (A_bar @ x[..., None])[..., 0]
+        assert error(response(C, low, high, B_bar[None])[0, ..., :l], torch.stack(expected, -1)) <= 1e-12
+        assert error(advance(low + high, B_bar[None], l - 1)[0], states[-1]) <= 1e-12
+        u = signal(3, 2, l, dtype=torch.float64)
+        expected = torch.einsum("bhk,khn->bhn", u, torch.stack(states[::-1]))
+        assert error(state_of_input(u, B_bar, low, high), expected) <= 1e-12
+    low, high = squares(A_bar, 4, torch.float64)
+    assert error(krylov(low + high, B_bar)[3], (A_bar @ A_bar @ A_bar @ B_bar[..., None])[..., 0]) <= 1e-12
 
 
 @pytest.mark.parametrize("options", [{}, {"measure": "legt"}, {"alpha": 1.0}, {"channels": 2}], ids=str)
@@ -135,14 +147,14 @@ def test_trained_and_fixed_parameters():
             assert layer.A.shape == shape and layer.B.shape == shape[:-1]
             assert layer.C.shape == (2, 3, 8) and layer.D.shape == (2, 3) and layer.log_dt.shape == (3,)
             layer(signal(1, 3, 9))[0].sum().backward()
-            rates = {"log_dt": 0.02 * train_dt, "A": 0.02 * (train_A != "no"), "B": 0.02 * (train_A != "no")}
-            assert layer.ssm_lr == rates
+            trained = {"log_dt"} if train_dt else set()
+            if train_A != "no":
+                trained |= {"A", "B"}
+            assert layer.ssm_lr == dict.fromkeys(trained, 0.02)
             for name, p in layer.named_parameters():
-                assert p.requires_grad == (p.grad is not None) == (rates.get(name, 1.0) > 0)
-    layer = LSSL(2, 4, train_A="shared", train_dt=True, lr={"A": 0.0})
-    assert layer.ssm_lr == {"log_dt": 1e-3, "A": 0.0, "B": 1e-3} and not layer.A.requires_grad
-    assert LSSL(2, 4, lr=None).ssm_lr == {"log_dt": 0.0, "A": 0.0, "B": 0.0}
-    assert LSSL(2, 4, train_A="each", train_dt=True, lr=None).ssm_lr == {}
+                assert p.requires_grad == (p.grad is not None) == (name in trained | {"C", "D"})
+    assert LSSL(2, 4).ssm_lr == {}
+    assert LSSL(2, 4, train_A="each", train_dt=True).ssm_lr == {"log_dt": 1e-3, "A": 1e-3, "B": 1e-3}
 
 
 def test_one_matrix_each_can_differ():

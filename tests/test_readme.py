@@ -5,12 +5,13 @@ import io
 import re
 
 from layers import ROOT
+from test_checkpoints import SNIPPETS
 
 TEXT = (ROOT / "README.md").read_text()
 
 
 def test_python_blocks_print_what_stands_below_them():
-    blocks = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", TEXT, re.M | re.S)
+    blocks = re.findall(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```)?", TEXT, re.M | re.S)
     assert len(blocks) >= 5
     namespace = {}
     for code, expected in blocks:
@@ -22,6 +23,10 @@ def test_python_blocks_print_what_stands_below_them():
         assert output.getvalue() == expected, code
 
 
+def test_the_snippets_are_those_of_test_checkpoints():
+    assert all(snippet in TEXT for snippet in SNIPPETS.values())
+
+
 def test_the_two_commands_stand_in_the_first_ten_lines():
     head = "\n".join(TEXT.splitlines()[:10])
     assert "pip install -r requirements.txt && python example.py --model s4d" in head
@@ -29,7 +34,8 @@ def test_the_two_commands_stand_in_the_first_ten_lines():
 
 
 def test_links_and_files_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+    prose = re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S)     # net[0](u) is no link
+    for target in re.findall(r"\]\(([^)#]+)\)", prose):
         assert target.startswith("https://") or (ROOT / target).exists(), target
     for name in re.findall(r"`(?:python )?((?:tests/)?\w+\.py)", TEXT):
         assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
