@@ -207,7 +207,9 @@ def linear_scan(a, v, x, T=32):
     l = v.shape[1]
     if l < T:
         T = l                                           # one block
-    steps = F.pad(v, (0, 0, 0, -l % T)).unflatten(1, (-1, T)).unbind(2)     # T of (b, J, n)
+    if l % T > 0:
+        v = F.pad(v, (0, 0, 0, -l % T))                 # zeros at the end: a full block
+    steps = v.unflatten(1, (-1, T)).unbind(2)           # T of (b, J, n)
     a_v = a.to(v.dtype)
     state = x[:, None].to(v.dtype)                      # (b, 1, n): where the first starts
     if l > T:
