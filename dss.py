@@ -199,13 +199,17 @@ def two_digits(A_bar, l, dtype):
     """A_bar^{jT} (h, J, n) and A_bar^i (h, T, n), whose products are all A_bar^k, k < l.
 
     Time has two digits, k = jT + i, as with T = 10 the tens and the ones: about 3 sqrt(l)
-    powers take the place of l, and with matrix products no (h, n, l) array appears.
+    powers take the place of l, and with matrix products no (h, n, l) array appears. In
+    double precision, with its larger memory, i itself has two digits, T = 8m.
     """
-    T = 2 * int(l ** 0.5)
-    J = -(-l // T)
-    low = torch.linalg.vander(A_bar, N=T)               # (h, n, T)
-    high = torch.linalg.vander(low[..., -1] * A_bar, N=J + 1)[..., :J]      # N is > 1
-    return high.mT.to(dtype).contiguous(), low.mT.to(dtype).contiguous()
+    m = int(l ** 0.5) // 4 + 1
+    ones = torch.linalg.vander(A_bar, N=8).mT.contiguous()          # A_bar^i (h, 8, n)
+    eights = torch.linalg.vander(ones[:, -1] * A_bar, N=m + 1).mT.contiguous()
+    low = eights[:, :m, None].to(dtype) * ones[:, None].to(dtype)   # (h, m, 8, n)
+    low = low.flatten(1, 2)[:, :l]                                  # (h, T, n)
+    J = -(-l // low.shape[1])
+    high = torch.linalg.vander(eights[:, -1], N=J + 1).mT[:, :J]    # of A_bar^T
+    return high.to(dtype).contiguous(), low
 
 
 def vandermonde(v, digits, l):

@@ -3,8 +3,8 @@
     Mehta, Gupta, Cutkosky, Neyshabur: Long Range Language Modeling via Gated State Spaces
     (2022), arXiv 2206.13947.                         Try it: python gss.py
 
-What was wrong before. An FFT over each of h channels is slow on hardware that is made for
-matrix products. GSS shrinks the SSM to c = h / bottleneck channels, and spends the time in
+What was wrong before. An FFT over each of h channels is slow on hardware made for matrix
+products. GSS shrinks the SSM to c = h / bottleneck channels, and spends the time in
 linear maps around it: its output is multiplied by a gate of h expand features.
 
     v = GELU(W_u u),    y = SSM(v),    o = W_o((W_y y) * GELU(W_v u))              (1)
@@ -22,8 +22,8 @@ bottleneck=1, train_B, train_dt, and measure="diag-lin" with the dt_min and dt_m
 Differs from the paper: -Re A starts log-uniform in (1e-3, 1), so that memory ranges from 1
 to 1000 steps, and Im A uniform in (0, pi). Draws of order 1 forget within a few steps.
 
-Why no factor 2? The n numbers are independent, no conjugate pairs: the real part alone makes
-the output real.
+Why no factor 2? The n numbers are independent, no conjugate pairs: the real part alone
+makes the output real.
 
 State, step and rate. The maps in (1) see one time step each. So the state is that of the
 SSM, and a step of the block is (1) around (2). With dt = 1 the unit of time is one step.
@@ -65,7 +65,7 @@ class GSS(nn.Module):
         check(0 < dt_min <= dt_max < math.inf,
               f"{dt_min=}, {dt_max=}: pass 0 < dt_min <= dt_max")
         self.h, self.c, self.n = d_model, d_model // bottleneck, d_state
-        A = initial_A(measure, self.c, d_state)                 # (c, n)
+        A = initial_eigenvalues(measure, self.c, d_state)                 # (c, n)
         log_dt = math.log(dt_min) + torch.rand(self.c) * math.log(dt_max / dt_min)
         self.log_dt = nn.Parameter(log_dt, requires_grad=train_dt)
         self.log_A_real = nn.Parameter((-A.real).log().to(log_dt))      # keeps Re A < 0
@@ -201,13 +201,17 @@ def two_digits(A_bar, l, dtype):
     """A_bar^{jT} (h, J, n) and A_bar^i (h, T, n), whose products are all A_bar^k, k < l.
 
     Time has two digits, k = jT + i, as with T = 10 the tens and the ones: about 3 sqrt(l)
-    powers take the place of l, and with matrix products no (h, n, l) array appears.
+    powers take the place of l, and with matrix products no (h, n, l) array appears. In
+    double precision, with its larger memory, i itself has two digits, T = 8m.
     """
-    T = 2 * int(l ** 0.5)
-    J = -(-l // T)
-    low = torch.linalg.vander(A_bar, N=T)               # (h, n, T)
-    high = torch.linalg.vander(low[..., -1] * A_bar, N=J + 1)[..., :J]      # N is > 1
-    return high.mT.to(dtype).contiguous(), low.mT.to(dtype).contiguous()
+    m = int(l ** 0.5) // 4 + 1
+    ones = torch.linalg.vander(A_bar, N=8).mT.contiguous()          # A_bar^i (h, 8, n)
+    eights = torch.linalg.vander(ones[:, -1] * A_bar, N=m + 1).mT.contiguous()
+    low = eights[:, :m, None].to(dtype) * ones[:, None].to(dtype)   # (h, m, 8, n)
+    low = low.flatten(1, 2)[:, :l]                                  # (h, T, n)
+    J = -(-l // low.shape[1])
+    high = torch.linalg.vander(eights[:, -1], N=J + 1).mT[:, :J]    # of A_bar^T
+    return high.to(dtype).contiguous(), low
 
 
 def vandermonde(v, digits, l):
@@ -248,7 +252,7 @@ def full_precision(u):
 
 # ---- where A starts ----
 
-def initial_A(measure, c, n):
+def initial_eigenvalues(measure, c, n):
     """(c, n) complex128. diag-lin is that of S4D (arXiv 2206.11893)."""
     check(n > 0, f"d_state={n}: pass a positive number")
     check(measure in ("diag-rand", "diag-lin"), f"{measure=}: choose diag-rand or diag-lin")

@@ -157,7 +157,7 @@ class S5(nn.Module):
         start = state
         if state is None:
             start = torch.zeros(len(u), self.p, dtype=A_bar.dtype, device=u.device)
-        scan = {"scan": linear_scan, "conv": fft_scan, "step": step_by_step}[method]
+        scan = {"scan": linear_scan, "conv": fft_scan, "step": loop_scan}[method]
         dtype = self.D.dtype
         with full_precision(u):
             v = u.to(dtype).mT @ as_real(B_bar.mT).to(dtype)            # (b, l, 2p)
@@ -187,7 +187,7 @@ class S5(nn.Module):
 
 # ---- all states at once, in three ways: a (n), v (b, l, n), x (b, n) -> (b, l, n) ----
 
-def step_by_step(a, v, x):
+def loop_scan(a, v, x):
     """The definition: x_k = a x_{k-1} + v_k from x_{-1} = x, in the precision of a."""
     states = []
     for v_k in v.unbind(1):

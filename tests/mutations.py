@@ -24,7 +24,7 @@ MUTATIONS = [
     ("s4d", "the end of the FFT in its beginning", "product = torch.fft.rfft(u, 2 * l) * torch.fft.rfft(K, 2 * l)\n"
      "    return torch.fft.irfft(product, 2 * l)", "product = torch.fft.rfft(u) * torch.fft.rfft(K)\n"
      "    return torch.fft.irfft(product, l)", "tests/test_modes.py -k s4d"),
-    ("s4d", "first of the high digits", "torch.linalg.vander(low[..., -1] * A_bar", "torch.linalg.vander(low[..., -1]",
+    ("s4d", "first of the high digits", "torch.linalg.vander(eights[:, -1], N", "torch.linalg.vander(eights[:, -2], N",
      "tests/test_s4d.py"),
     ("s4d", "sign in the bilinear transform", "dt / (1 - dt * A / 2)", "dt / (1 + dt * A / 2)",
      "tests/test_golden.py -k s4d"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import oracle
-from gss import GSS, initial_A
+from gss import GSS, initial_eigenvalues
 from layers import error, parameters, projections, random_state, signal
 
 TOGGLES = [{}, {"gate": False}, {"expand": 2}, {"bottleneck": 1}, {"bottleneck": 8}, {"measure": "diag-lin"},
@@ -74,11 +74,11 @@ def test_what_can_be_trained():
 
 def test_initializations():
     torch.manual_seed(0)
-    A = initial_A("diag-rand", 100, 64)
+    A = initial_eigenvalues("diag-rand", 100, 64)
     assert 1e-3 <= (-A.real).min() and (-A.real).max() <= 1 and abs((-A.real).log10().mean() + 1.5) < 0.05
     assert 0 <= A.imag.min() and A.imag.max() <= math.pi and abs(A.imag.mean() - math.pi / 2) < 0.05
     assert abs(torch.corrcoef(torch.stack([A.real.flatten(), A.imag.flatten()]))[0, 1]) < 0.05
-    A = initial_A("diag-lin", 2, 5)
+    A = initial_eigenvalues("diag-lin", 2, 5)
     assert error(A, -0.5 + 1j * math.pi * torch.arange(5).double().expand(2, 5)) <= 1e-12
     layer = GSS(8, 5, measure="diag-lin")
     assert error(torch.complex(-layer.log_A_real.exp(), layer.A_imag), A) <= 1e-6

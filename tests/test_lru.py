@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from layers import error, random_state, signal
-from lru import LRU, fft_scan, linear_scan, ring, step_by_step
+from lru import LRU, fft_scan, linear_scan, ring, loop_scan
 from s5 import S5
 from test_golden import load
 
@@ -128,7 +128,7 @@ def test_a_very_long_sequence_in_chunks():
     assert torch.isfinite(whole).all()
 
 
-@pytest.mark.parametrize("scan", [step_by_step, linear_scan, fft_scan])
+@pytest.mark.parametrize("scan", [loop_scan, linear_scan, fft_scan])
 @pytest.mark.parametrize("l", [1, 2, 31, 32, 33, 70])
 def test_scans_and_their_derivatives(scan, l):
     """70 = 2 * 32 + 6: a block that is not full, and a scan over the blocks."""
