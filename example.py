@@ -6,33 +6,27 @@
     python example.py --model all                           # one after the other, compared
     torchrun --nproc_per_node=2 example.py --model s4d      # several processes or GPUs
 
-Sequential CIFAR-10: an image is a sequence of 1024 pixels, row by row, and the network
-names its class at the end. Pixels one above the other are 32 steps apart, so it has to
-remember. The binary edition is downloaded once (170 MB; to unpickle the Python edition
-would run code from the file). Without a network, built-in images take its place.
+Sequential CIFAR-10: the network reads an image as 1024 pixels, row by row, and names its
+class at the end. The binary edition is downloaded once (170 MB; to unpickle the Python
+edition would run code from it). Without a network, built-in images take its place.
 
-In runs/<model>/, after every epoch: last.pt and best.pt (by validation accuracy), all it
-takes to go on, bit for bit as if never interrupted; metrics.csv and curves.png. At the end:
-result.json, best.pt on the test images in every mode. No run overwrites another.
+Each epoch leaves in runs/<model>/ last.pt, which holds all it takes to go on bit for bit,
+best.pt (by validation accuracy), metrics.csv and curves.png; the test, result.json.
 """
 
 import argparse
 import csv
 import ctypes
-import hashlib
 import importlib
 import io
 import itertools
 import json
 import math
 import os
-import subprocess
+import socket
 import sys
 import tarfile
-import tempfile
 import time
-import urllib.request
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -58,29 +52,17 @@ MODELS = {
     "mamba": {"layer": "selective_scan.Mamba", "options": {"lr": 1e-3},
               "flags": {"d_state": 16, "n_layers": 2, "activation": "none"}},
 }
-NETWORK = {"d_model": 128, "d_state": 64, "n_layers": 4, "norm": "layer", "prenorm": False,
-           "activation": "glu", "dropout": 0.1, "grayscale": False}
-RECIPE = {"lr": 0.01, "weight_decay": 0.01, "amp": False, "seed": 0}
-LENGTH = {"cifar10": {"epochs": 100, "batch_size": 64},
-          "builtin": {"epochs": 4, "batch_size": 16}}
-STORED = ["model", "data", "limit", "epochs", "batch_size", *NETWORK, *RECIPE]
+ACTIVATIONS = ["glu", "half_glu1", "half_glu2", "gelu", "none"]
+NOT_STORED = ["data_dir", "out", "eval_limit", "device", "resume", "eval"]      # in last.pt
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 FOLDER = "cifar-10-batches-bin"
-TRAIN_FILES = [f"data_batch_{i}.bin" for i in range(1, 6)]
-TEST_FILES = ["test_batch.bin"]
-ATTEMPTS = 3                        # at the download
-WAIT = 2                            # seconds between them
+FILES = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
 
-RANK = int(os.environ.get("RANK", 0))                   # of this process, set by torchrun
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))       # the same on its machine
-WORLD = int(os.environ.get("WORLD_SIZE", 1))            # number of processes
-
-
-def fail(message):
-    """End the program with a line on stderr and exit status 1."""
-    sys.exit(f"example.py: {message}")
+RANK = int(os.environ.get("RANK", 0))               # of this process, set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))        # number of processes
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def write(path, content):
@@ -91,78 +73,58 @@ def write(path, content):
         part.write_bytes(content)
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        fail(f"{path} could not be written: {error.strerror}")
+        if part.exists():
+            part.unlink()
+        sys.exit(f"{path} could not be written: {error.strerror}")
 
 
-def track(items, what, note=lambda: "", rest=0):
-    """Yield the items, and print how far it is, note() and the time left.
-
-    On a terminal every second in place, otherwise a line a minute. rest: how many items
-    follow after these.
-    """
+def track(items, what, rest=0):
+    """Yield the items. Print the time left for them and rest more: on a terminal in place
+    every second, otherwise a line a minute."""
     in_place = sys.stdout.isatty()
-    start = time.monotonic()
-    due = start + (1 if in_place else 5)
+    pause = 1 if in_place else 60
+    end = "\033[K\r" if in_place else "\n"              # clears the rest of the line
     if in_place:
-        print(f"{what} 0 of {len(items)}", end="\r", flush=True)
+        print(what, end=end, flush=True)
+    start = time.monotonic()
+    due = start + pause
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
         if now >= due:
-            due = now + (1 if in_place else 60)
-            minutes = (now - start) / done * (len(items) + rest - done) / 60
-            line = f"{what} {done} of {len(items)}{note()}, {minutes:.1f} min left"
-            if in_place:
-                print(f"{line:<79}", end="\r", flush=True)
-            else:
-                print(line, flush=True)
-    if in_place:
-        print(" " * 79, end="\r", flush=True)
+            due = now + pause
+            left = (now - start) / done * (len(items) + rest - done) / 60
+            print(f"{what} {done}/{len(items)}, {left:.1f} min left", end=end, flush=True)
 
 
 # ---- data: images (n, 1024, channels) uint8, labels (n) ----
-
 def download(folder):
-    """Write CIFAR-10's files to a folder, test_batch.bin last.
-
-    Raises OSError, EOFError, HTTPException or TarError.
-    """
-    with urllib.request.urlopen(URL, timeout=20) as response:
-        size = int(response.headers.get("Content-Length", 0))
-        content = bytearray()
-        for _ in track(range(0, size, 10**6), "downloading CIFAR-10:", lambda: " MB"):
-            content += response.read(10**6)
-        content += response.read()                      # all, if the server gives no size
-    if hashlib.sha256(content).hexdigest() != SHA256:
-        raise OSError(f"{URL} gave {len(content)} bytes with another sha256")
-    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-        files = {member.name: member for member in archive if member.isfile()}
-        missing = {f"{FOLDER}/{name}" for name in TRAIN_FILES + TEST_FILES} - files.keys()
-        if missing:
-            raise OSError(f"the archive has no file {min(missing)}")
-        for name in TRAIN_FILES + TEST_FILES:           # only these, whatever else it holds
-            write(folder / name, archive.extractfile(files[f"{FOLDER}/{name}"]).read())
+    """Write FILES to a folder, the test images last."""
+    archive = folder.with_name("cifar-10.tar.gz")
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.hub.download_url_to_file(URL, archive, hash_prefix=SHA256)
+    with tarfile.open(archive) as tar:
+        for name in FILES:                              # only these, whatever else it holds
+            write(folder / name, tar.extractfile(f"{FOLDER}/{name}").read())
+    archive.unlink()
 
 
 def find_cifar(args):
     """The folder of CIFAR-10, downloaded if need be, or None for the built-in images."""
     folder = args.data_dir / FOLDER
-    for place in (args.data_dir, folder):
-        if (place / TEST_FILES[0]).exists():            # written last: all are there
-            return place
-    for attempt in range(1, ATTEMPTS + 1):
+    if (folder / FILES[-1]).exists():                   # written last: all are there
+        return folder
+    socket.setdefaulttimeout(20)
+    for attempt in (1, 2, 3):
         try:
             download(folder)
             return folder
-        except (OSError, EOFError, HTTPException, tarfile.TarError) as error:
-            print(f"download failed, attempt {attempt} of {ATTEMPTS}: {error}", flush=True)
-        if attempt < ATTEMPTS:
-            time.sleep(WAIT)
-    message = f"no CIFAR-10 in {args.data_dir}, and the download failed"
+        except Exception as error:                      # no network, another checksum, ...
+            print(f"download failed, attempt {attempt} of 3: {error}", flush=True)
+            time.sleep(2)
     if args.data == "cifar10" or WORLD > 1:     # processes must not choose differently
-        fail(message)
-    print(f"There is {message}. Training on the built-in images.", flush=True)
+        sys.exit(f"no CIFAR-10 in {args.data_dir}, and the download failed")
+    print("No CIFAR-10: training on the built-in images", flush=True)
     return None
 
 
@@ -173,27 +135,26 @@ def read_batches(folder, names):
         path = folder / name
         raw = np.fromfile(path, np.uint8) if path.is_file() else np.zeros(0, np.uint8)
         if raw.size == 0 or raw.size % 3073 or raw[::3073].max() > 9:
-            fail(f"{path} is missing or damaged: no records of 3073 bytes with labels 0-9")
+            sys.exit(f"{path} is missing, or no records of 3073 bytes with labels 0 to 9")
         print(f"{path}: {len(raw) // 3073} images", flush=True)
         batches.append(raw.reshape(-1, 3073))
     records = np.concatenate(batches)
     images = records[:, 1:].reshape(-1, 3, 1024).swapaxes(1, 2)
-    return np.ascontiguousarray(images), records[:, 0]
+    return np.ascontiguousarray(images), records[:, 0].astype(np.int64)
 
 
 def builtin_images(n, seed):
     """The built-in task: images (n, 1024, 3) and labels (n).
 
-    An image has five bands of six rows, two tinted warm and three cold. WHICH two is the
-    class (10 in all). The rest is random: brightness, noise, stripes. So neither the mean
-    colour nor a few neighbouring pixels tell the class.
+    Of five bands, two are tinted warm and three cold: WHICH two is the class (10 in all).
+    Random brightness, noise and stripes hide it from the mean and from neighbours.
     """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % 10)
     pairs = np.array(list(itertools.combinations(range(5), 2)))             # (10, 2)
     warm = (pairs[labels, :, None] == np.arange(5)).any(1)                  # (n, 5)
     tint = np.where(warm, 1, -1) * rng.uniform(20, 40, (n, 5))
-    tint = np.repeat(tint, 6, axis=1)                                       # (n, 30)
+    tint = tint.repeat(6, axis=1)                                           # (n, 30)
     images = rng.normal(128, 10, (n, 1, 1, 3)).astype("f4")
     images = images + 15 * rng.standard_normal((n, 32, 32, 3), "f4")
     images[:, 1:31] += tint[:, :, None, None] * np.array([1, 0, -1])        # red, blue
@@ -206,35 +167,30 @@ def builtin_images(n, seed):
     return images.clip(0, 255).astype(np.uint8).reshape(n, 1024, 3), labels
 
 
-def load_data(args, device):
-    """Training images and labels, test images and labels, on the device.
-
-    Sets args.data to what they are, cifar10 or builtin.
-    """
+def load_data(args):
+    """Images and labels to train on, then for the test. Sets what depends on the data."""
     folder = None if args.data == "builtin" else find_cifar(args)
     if folder:
         args.data = "cifar10"
-        train = read_batches(folder, TRAIN_FILES)
-        test = read_batches(folder, TEST_FILES)
+        args.epochs = args.epochs or 100
+        args.batch_size = args.batch_size or 64
+        parts = [read_batches(folder, FILES[:-1]), read_batches(folder, FILES[-1:])]
     else:
         args.data = "builtin"
-        train = builtin_images(2000, args.seed)
-        test = builtin_images(1000, args.seed + 10**6)
+        args.epochs = args.epochs or 4
+        args.batch_size = args.batch_size or 16
+        parts = [builtin_images(2000, args.seed), builtin_images(1000, args.seed + 10**6)]
     tensors = []
-    for array in (*train, *test):
-        array = array[:args.limit]
-        if array.ndim == 1:
-            array = array.astype(np.int64)
-        elif args.grayscale:
-            array = (array @ np.float32([[0.299], [0.587], [0.114]])).astype(np.uint8)
-        tensors.append(torch.from_numpy(array).to(device))
+    for images, labels in parts:
+        if args.grayscale:
+            images = (images @ np.float32([[0.299], [0.587], [0.114]])).astype(np.uint8)
+        tensors.append(torch.from_numpy(images[:args.limit]).to(args.device))
+        tensors.append(torch.from_numpy(labels[:args.limit]).to(args.device))
     return tensors
 
 
 # ---- network: the residual stream is (b, l, h), the layers read (b, h, l) ----
-
 def check(ok, message):
-    """Raise ValueError(message) unless ok."""
     if not ok:
         raise ValueError(message)
 
@@ -242,29 +198,22 @@ def check(ok, message):
 class SequenceLayer(nn.Module):
     """Residual block norm(x + f(x)), or x + f(norm(x)) with prenorm; f = dropout(mix(ssm)).
 
-    ssm: state space layer of h = d_model features
-    norm: layer or batch (under torchrun, of the images of the process)
+    ssm: state space layer of h = d_model features; norm: layer or batch
     activation: mix(y) is, with g = dropout(gelu(y)), one of
         glu: (V g) * sigmoid(W g), half_glu1: g * sigmoid(W g), half_glu2: y * sigmoid(W g),
         gelu: gelu(y), none: y
     dropout: probability; a feature is dropped at all steps of a sequence or at none
-    Raises ValueError for what is not listed here, and for an x of another rank or width.
     """
-
-    ACTIVATIONS = ("glu", "half_glu1", "half_glu2", "gelu", "none")
-
     def __init__(self, ssm, d_model, *, norm="layer", prenorm=False, activation="glu",
                  dropout=0.1):
         super().__init__()
         check(norm in ("layer", "batch"), f"{norm=}: choose layer or batch")
-        check(activation in self.ACTIVATIONS,
-              f"{activation=}: choose from {', '.join(self.ACTIVATIONS)}")
-        check(0 <= dropout <= 1, f"{dropout=}: pass a probability, 0 to 1")
+        check(activation in ACTIVATIONS, f"{activation=}: choose from {ACTIVATIONS}")
         self.ssm = ssm
         self.d_model = d_model
         self.prenorm = prenorm
         self.activation = activation
-        self.dropout = dropout
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(d_model) if norm == "layer" else nn.BatchNorm1d(d_model)
         if "glu" in activation:
             self.out = nn.Linear(d_model, 2 * d_model if activation == "glu" else d_model)
@@ -275,8 +224,7 @@ class SequenceLayer(nn.Module):
 
     def mask(self, y):
         """What dropout multiplies y (b, l, h) with: (b, 1, h)."""
-        ones = y.new_ones(len(y), 1, self.d_model)
-        return F.dropout(ones, self.dropout, self.training)
+        return self.dropout(y.new_ones(len(y), 1, self.d_model))
 
     def mix(self, y):
         """(b, l, h) -> (b, l, h), see activation."""
@@ -298,14 +246,12 @@ class SequenceLayer(nn.Module):
         """
         check(x.dim() == 3 and x.shape[2] == self.d_model,
               f"x is {tuple(x.shape)}: pass (b, l, {self.d_model})")
-        check(discrete is None or x.shape[1] == 1,
-              f"x is {tuple(x.shape)}: with discrete pass one step, l = 1")
         u = self.normalize(x) if self.prenorm else x
         if discrete is None:
             y, state = self.ssm(u.mT.contiguous(), state, rate=rate)        # (b, h, l)
             y = y.mT.contiguous()                                           # (b, l, h)
         else:
-            y, state = self.ssm.step(u[:, 0], state, discrete=discrete)     # (b, h)
+            y, state = self.ssm.step(u.squeeze(1), state, discrete=discrete)  # (b, h)
             y = y[:, None]                                                  # (b, 1, h)
         y = self.mix(y)
         x = torch.addcmul(x, y, self.mask(y))               # x + y * mask, in one pass
@@ -318,11 +264,8 @@ class StackedSSM(nn.Module):
     ssm: function d_model -> state space layer; options: those of SequenceLayer
     d_input, d_output: features of a step, a number or several, as (height, width, channels)
     pool: True: classify by the mean of all steps so far; False: an output for every step
-    A state is (states of the layers, sum of the steps (b, h), their number). The buffers
-    mean and std normalize the input.
-    Raises ValueError for sizes below 1, and for an x of another rank or size.
+    A state is (states of the layers, sum of the steps (b, h), their number).
     """
-
     def __init__(self, ssm, d_input, d_output, *, d_model=128, n_layers=4, pool=True,
                  **options):
         super().__init__()
@@ -340,12 +283,10 @@ class StackedSSM(nn.Module):
         self.head = nn.Linear(d_model, self.d_output.numel())
 
     def initial_state(self, batch_size):
-        """The state before the first step."""
         states = [layer.ssm.initial_state(batch_size) for layer in self.layers]
         return states, self.mean.new_zeros(batch_size, self.d_model), 0
 
     def discretize(self, rate=1.0):
-        """The discrete-time matrices of every layer, once for many steps."""
         return [layer.ssm.discretize(rate) for layer in self.layers]
 
     def step(self, x, state, *, rate=1.0, discrete=None):
@@ -354,10 +295,9 @@ class StackedSSM(nn.Module):
         return (y if self.pool else y[:, 0]), state
 
     def forward(self, x, state=None, *, rate=1.0, discrete=None):
-        """A sequence or its next piece: x (b, l, *d_input), state or None -> y, next state.
+        """x (b, l, *d_input), state or None -> (b, *d_output), next state or None.
 
-        y is (b, *d_output) with pool, otherwise (b, l, *d_output)
-        rate, discrete: as in SequenceLayer, discrete for each of the layers
+        Without pool the output is (b, l, *d_output).
         """
         check(x.dim() > 1 and x.shape[2:] == self.d_input and x.shape[1] > 0,
               f"x is {tuple(x.shape)}: pass (b, l, *{tuple(self.d_input)})")
@@ -375,31 +315,27 @@ class StackedSSM(nn.Module):
 
 
 def build_network(args):
-    """The network that the arguments ask for. Only the file of its model is imported."""
+    """The network that the flags ask for. Only the file of its model is imported."""
     model = MODELS[args.model]
     file, name = model["layer"].split(".")
-    if not Path(__file__).with_name(f"{file}.py").exists():
-        fail(f"--model {args.model} needs {file}.py, which is not here")
-    layer = getattr(importlib.import_module(file), name)
-    options = model.get("options", {})
     torch.manual_seed(args.seed)
     try:
+        layer = getattr(importlib.import_module(file), name)
         return StackedSSM(
-            lambda d_model: layer(d_model, args.d_state, **options),
+            lambda d_model: layer(d_model, args.d_state, **model.get("options", {})),
             1 if args.grayscale else 3, 10, d_model=args.d_model, n_layers=args.n_layers,
             norm=args.norm, prenorm=args.prenorm, activation=args.activation,
             dropout=args.dropout)
-    except (ValueError, RuntimeError) as error:             # RuntimeError: out of memory
-        fail(f"--model {args.model} cannot be built: {error}")
+    except (ImportError, ValueError, RuntimeError) as error:    # or out of memory
+        sys.exit(f"--model {args.model} cannot be built: {error}")
 
 
 # ---- recipe: AdamW, slow and without decay where a layer says so, and a cosine ----
-
 def param_groups(model, lr, weight_decay):
     """Groups for AdamW, with every trainable parameter exactly once.
 
-    What a layer lists in ssm_lr (A, B, dt) gets the learning rate given there, and is not
-    decayed. Of the rest, matrices are decayed, and vectors (biases, norms, D) are not.
+    What a layer lists in ssm_lr (A, B, dt) gets the learning rate given there. Decayed are
+    only the other matrices, no vectors (biases, norms, D).
     """
     ssm_lr = {}
     for module in model.modules():
@@ -407,46 +343,67 @@ def param_groups(model, lr, weight_decay):
             ssm_lr[module.get_parameter(name)] = rate
     groups = {}
     for name, parameter in model.named_parameters():
-        key = (lr, weight_decay)
-        if parameter in ssm_lr:
-            key = (ssm_lr[parameter], 0.0)
-        elif parameter.ndim == 1 or name.split(".")[-1] == "D":     # (m, h) in s4 and lssl
-            key = (lr, 0.0)
+        rate = ssm_lr.get(parameter, lr)
+        vector = parameter.ndim == 1 or name.split(".")[-1] == "D"      # (m, h) in s4, lssl
+        decay = 0.0 if vector or parameter in ssm_lr else weight_decay
         if parameter.requires_grad:
-            groups.setdefault(key, []).append(parameter)
+            groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": parameters, "lr": rate, "initial_lr": rate, "weight_decay": decay}
             for (rate, decay), parameters in groups.items()]
 
 
-def cosine(progress):
-    """Factor on the learning rates: 1 where training begins, at progress 0, and 0 at 1."""
-    return (1 + math.cos(math.pi * progress)) / 2
+def set_learning_rates(optimizer, progress):
+    """A cosine: the full rates where training begins, at progress 0, and 0 at 1."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * (1 + math.cos(math.pi * progress)) / 2
 
 
-# ---- training ----
+def train_epoch(args, epoch, model, optimizer, images, labels, indices):
+    """Train on the images indices. Returns loss and accuracy of each step: (2, steps).
 
-def plot(path, histories):
-    """A picture of {model: history}: validation, and of a single model training as well."""
-    figure = Figure(figsize=(15, 4), layout="constrained")
-    panels = [("epoch", "loss"), ("epoch", "accuracy"), ("seconds", "accuracy")]
-    for ax, (x, y) in zip(figure.subplots(1, 3), panels):
-        for name, history in histories.items():
-            table = {key: [row[key] for row in history] for key in history[0]}
-            table["seconds"] = np.cumsum(table["seconds"])
-            ax.plot(table[x], table[f"val_{y}"], ".-", label=name)
-            if len(histories) == 1:
-                ax.plot(table[x], table[f"train_{y}"], ".:", label=f"{name}, training")
-        ax.set(xlabel="epoch" if x == "epoch" else "seconds of training", ylabel=y)
-        ax.locator_params("x", integer=True)                # no half epochs
-        ax.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=110)
-    write(path, picture.getvalue())
+    Random numbers follow from the seed and the epoch: a resumed run draws the same.
+    """
+    seed = args.seed * 10**6 + epoch
+    torch.manual_seed(seed)                             # one order for all processes
+    share = min(args.batch_size, len(indices)) // WORLD
+    steps = len(indices) // (share * WORLD)
+    order = indices[torch.randperm(len(indices))[:steps * WORLD * share].to(indices.device)]
+    batches = order.view(steps, WORLD, share)[:, RANK]
+    torch.manual_seed(seed * WORLD + RANK)              # dropout of its own in each
+    results = torch.zeros(2, steps, device=images.device)
+    what = f"epoch {epoch}/{args.epochs}, step"
+    model.train()
+    for i, batch in enumerate(track(batches, what, (args.epochs - epoch) * steps)):
+        set_learning_rates(optimizer, (epoch - 1 + i / steps) / args.epochs)
+        with torch.autocast(images.device.type, torch.bfloat16, args.amp):
+            scores, _ = model(images[batch])
+        loss = F.cross_entropy(scores.float(), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        results[0, i] = loss.detach()
+        results[1, i] = (scores.argmax(1) == labels[batch]).float().mean()
+    if WORLD > 1:
+        distributed.all_reduce(results)
+    return results / WORLD
+
+
+def evaluate(args, net, images, what, piece=None, rate=1.0):
+    """Class scores (n, 10) of images (n, l, c), read whole or in pieces of piece pixels."""
+    net.eval()
+    found = []
+    with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, args.amp):
+        discrete = net.discretize(rate) if piece == 1 else None
+        for batch in track(images.split(64), f"{what}, batch"):
+            state = net.initial_state(len(batch)) if piece else None
+            for pixels in batch.split(piece or images.shape[1], dim=1):
+                scores, state = net(pixels, state, rate=rate, discrete=discrete)
+            found.append(scores.float())
+    return torch.cat(found)
 
 
 def save(args, net, optimizer, history, folder):
-    """Write the checkpoints, metrics.csv and curves.png after an epoch."""
-    stored = {name: getattr(args, name) for name in STORED}
+    stored = {name: value for name, value in vars(args).items() if name not in NOT_STORED}
     content = io.BytesIO()
     torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(),
                 "history": history, "args": stored}, content)
@@ -458,115 +415,31 @@ def save(args, net, optimizer, history, folder):
     writer.writeheader()
     writer.writerows(history)
     write(folder / "metrics.csv", table.getvalue().encode())
-    plot(folder / "curves.png", {args.model: history})
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    for ax, what in zip(figure.subplots(1, 2), ["loss", "accuracy"]):
+        ax.plot(epochs, [row[f"train_{what}"] for row in history], ".-", label="training")
+        ax.plot(epochs, [row[f"val_{what}"] for row in history], ".-", label="validation")
+        ax.set(xlabel="epoch", ylabel=what)
+        ax.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture)
+    write(folder / "curves.png", picture.getvalue())
 
 
 def load(path):
-    """The checkpoint that save wrote, or the end of the program if the file is none."""
-    if not path.exists():
-        fail(f"{path}: not found")
     try:
-        content = io.BytesIO(path.read_bytes())
-    except OSError as error:
-        fail(f"{path}: {error.strerror}")
-    try:
-        saved = torch.load(content, map_location="cpu", weights_only=True)
-    except Exception:               # of many kinds, for a file that torch did not write
-        saved = None
-    if not isinstance(saved, dict) or {*saved} != {"model", "optimizer", "history", "args"}:
-        fail(f"{path} is damaged, or no checkpoint of this program")
-    return saved
-
-
-def read_images(args, net, images, what, piece=None, rate=1.0):
-    """Class scores (n, 10) of images (n, l, c), read whole or in pieces of piece pixels."""
-    net.eval()
-    l = images.shape[1]
-    step = piece or l
-    pieces = list(itertools.product(images.split(64), range(0, l, step)))
-    found = []
-    with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, args.amp):
-        discrete = net.discretize(rate) if piece == 1 else None
-        for batch, first in track(pieces, f"{what}:"):
-            if first == 0:
-                state = net.initial_state(len(batch)) if piece else None
-            pixels = batch[:, first:first + step]
-            scores, state = net(pixels, state, rate=rate, discrete=discrete)
-            if first + step >= l:
-                found.append(scores.float())
-    return torch.cat(found)
-
-
-def evaluate(args, net, images, labels):
-    """Mean loss and accuracy on images that are read whole."""
-    scores = read_images(args, net, images, "validation")
-    accuracy = (scores.argmax(1) == labels).float().mean()
-    return F.cross_entropy(scores, labels).item(), accuracy.item()
-
-
-def stop_if_diverged(args, epoch, losses):
-    """End the program if one of an epoch's losses (steps) is not finite."""
-    wrong = (~losses.isfinite()).nonzero().flatten().tolist()
-    if wrong:
-        fail(f"diverged: the loss of epoch {epoch}, step {wrong[0] + 1} is "
-             f"{losses[wrong[0]]:g}. Start again with an --lr below {args.lr:g}. "
-             "What the epochs before have saved is kept.")
-
-
-def draw_batches(args, epoch, indices):
-    """The images of each step in an epoch: (steps, share of this process).
-
-    The random numbers of an epoch follow from the seed and its number, so that a resumed
-    run draws the same. The order is the same in every process, dropout is not.
-    """
-    seed = args.seed * 10**6 + epoch
-    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))
-    torch.manual_seed(seed * WORLD + RANK)
-    share = max(1, min(args.batch_size, len(indices)) // WORLD)
-    steps = len(indices) // (share * WORLD)
-    order = indices[order[:steps * WORLD * share].to(indices.device)]
-    return order.view(steps, WORLD, share)[:, RANK]
-
-
-def train_epoch(args, epoch, model, optimizer, images, labels, batches):
-    """One step for each of the batches (steps, b). Returns mean loss and accuracy."""
-    steps = len(batches)
-    results = torch.zeros(2, steps, device=images.device)               # loss, accuracy
-
-    def note():
-        loss, accuracy = results[:, :i + 1].mean(1).tolist()
-        return f": loss {loss:.4g}, accuracy {accuracy:.1%}"
-
-    model.train()
-    what = f"epoch {epoch}/{args.epochs}, step"
-    for i, batch in enumerate(track(batches, what, note, (args.epochs - epoch) * steps)):
-        progress = (epoch - 1 + i / steps) / args.epochs
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * cosine(progress)
-        with torch.autocast(images.device.type, torch.bfloat16, args.amp):
-            scores, _ = model(images[batch])
-        loss = F.cross_entropy(scores.float(), labels[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        results[0, i] = loss.detach()
-        results[1, i] = (scores.argmax(1) == labels[batch]).float().mean()
-    if WORLD > 1:
-        distributed.all_reduce(results)
-        results /= WORLD
-    stop_if_diverged(args, epoch, results[0])
-    return results.mean(1).tolist()
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: saved[key] for key in ("model", "optimizer", "history", "args")}
+    except Exception as error:          # of many kinds, for a file that save did not write
+        sys.exit(f"{path} not found, damaged or no checkpoint: {type(error).__name__}")
 
 
 def train(args, net, images, labels, folder, saved):
-    """Train on images (n, l, c), labels (n), from the checkpoint saved or from the start.
-
-    Every tenth image is for validation, whatever the seed and the limit. Returns the
-    history, a dict for each epoch.
-    """
+    """Train from the checkpoint saved, or from the start. Returns the history."""
     indices = torch.arange(len(images), device=images.device)
-    training = indices[indices % 10 > 0]
     validation = indices[::10]
+    training = indices[indices % 10 > 0]
     sample = images[training[:5000]].float()
     net.mean.copy_(sample.mean((0, 1)))
     net.std.copy_(sample.std((0, 1)))
@@ -579,224 +452,125 @@ def train(args, net, images, labels, folder, saved):
     model = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.monotonic()
-        batches = draw_batches(args, epoch, training)
-        loss, accuracy = train_epoch(args, epoch, model, optimizer, images, labels, batches)
-        seconds = round(time.monotonic() - start, 2)
-        val_loss, val_accuracy = evaluate(args, net, images[validation], labels[validation])
-        stop_if_diverged(args, epoch, torch.tensor([val_loss]))
-        history.append({"epoch": epoch, "train_loss": loss, "train_accuracy": accuracy,
-                        "val_loss": val_loss, "val_accuracy": val_accuracy,
-                        "seconds": seconds})
+        row = {"epoch": epoch}
+        results = train_epoch(args, epoch, model, optimizer, images, labels, training)
+        row["train_loss"], row["train_accuracy"] = results.mean(1).tolist()
+        row["seconds"] = round(time.monotonic() - start, 2)
+        scores = evaluate(args, net, images[validation], "validation")
+        row["val_loss"] = F.cross_entropy(scores, labels[validation]).item()
+        right = scores.argmax(1) == labels[validation]
+        row["val_accuracy"] = right.float().mean().item()
+        if not math.isfinite(row["train_loss"] + row["val_loss"]):
+            sys.exit(f"diverged: the loss of epoch {epoch} is not finite after step "
+                 f"{results[0].isfinite().sum()}. Start again with an --lr below "
+                 f"{args.lr:g}. What earlier epochs saved is kept.")
+        history.append(row)
         if RANK == 0:
             save(args, net, optimizer, history, folder)
-        print(f"epoch {epoch}/{args.epochs}: train loss {loss:.4g} ({accuracy:.2%}), valid"
-              f"ation {val_loss:.4g} ({val_accuracy:.2%}), {seconds:.0f} s", flush=True)
+        print("epoch {epoch}: loss {train_loss:.4g}, {train_accuracy:.2%}; validation "
+              "{val_loss:.4g}, {val_accuracy:.2%}; {seconds} s".format(**row), flush=True)
     return history
 
 
-# ---- evaluation ----
-
 def compare_modes(args, net, images, labels):
-    """Print the accuracy in every mode. Returns {mode: accuracy}, and what was printed.
-
-    differing: the number of predictions that are not those of the first mode
-    """
-    half = images[:, ::2]
+    """Print and return the accuracy in every mode."""
     modes = [("in parallel", images, None, 1.0),
              ("in pieces of 300 pixels", images, 300, 1.0),
-             ("every second pixel, rate 2", half, None, 2.0),
-             ("every second pixel, rate 1", half, None, 1.0),
+             ("every second pixel, rate 2", images[:, ::2], None, 2.0),
+             ("every second pixel, rate 1", images[:, ::2], None, 1.0),
              ("pixel by pixel", images[:args.eval_limit], 1, 1.0)]
-    table = ["test images read             accuracy  images  differing  images/s"]
-    print(table[0], flush=True)
+    print("test images read             accuracy  images  unlike the first")
     accuracies = {}
     for mode, x, piece, rate in modes:
-        start = time.monotonic()
-        found = read_images(args, net, x, mode, piece, rate).argmax(1).cpu()
-        speed = len(x) / (time.monotonic() - start)
+        found = evaluate(args, net, x, mode, piece, rate).argmax(1)
         if not accuracies:
-            reference = found
-        accuracies[mode] = (found == labels[:len(x)].cpu()).float().mean().item()
-        differing = (found != reference[:len(x)]).sum().item()
-        table.append(f"{mode:<28}{accuracies[mode]:>9.2%}{len(x):>8}"
-                     f"{differing:>11}{speed:>10.1f}")
-        print(table[-1], flush=True)
-    return accuracies, table
+            first = found
+        accuracies[mode] = (found == labels[:len(x)]).float().mean().item()
+        unlike = (found != first[:len(x)]).sum()
+        print(f"{mode:<28}{accuracies[mode]:>9.2%}{len(x):>8}{unlike:>18}", flush=True)
+    return accuracies
 
 
-def score(args, net, images, labels, history, folder):
-    """Read the test images with best.pt, and write result.json."""
-    net.load_state_dict(load(folder / "best.pt")["model"])
-    accuracies, table = compare_modes(args, net, images, labels)
-    result = {"model": args.model, "data": args.data, "modes": accuracies, "table": table,
-              "test_accuracy": accuracies["in parallel"],
-              "parameters": sum(parameter.numel() for parameter in net.parameters()),
-              "epoch_seconds": np.mean([row["seconds"] for row in history]),
-              "history": history}
-    write(folder / "result.json", json.dumps(result, allow_nan=False).encode())
+def compare_models(out):
+    print("           model  parameters  test accuracy  s per epoch")
+    for name in MODELS:
+        result = json.loads((out / name / "result.json").read_text())
+        accuracy = result["modes"]["in parallel"]
+        seconds = result["seconds per epoch"]
+        print(f"{name:>16}{result['parameters']:>12}{accuracy:>15.2%}{seconds:>13.1f}")
 
 
-def compare_models(args, argv):
-    """--model all: train each model in a process of its own, then one table, one figure."""
-    lines = ["           model  parameters  test accuracy  s per epoch"]
-    histories = {}
-    for name, model in MODELS.items():
-        if not Path(__file__).with_name(model["layer"].split(".")[0] + ".py").exists():
-            continue
-        print(f"--- {name}", flush=True)
-        if subprocess.run([sys.executable, __file__, *argv, "--model", name]).returncode:
-            fail(f"{name} did not finish; the same command with --resume goes on with it")
-        result = json.loads((args.out / name / "result.json").read_text())
-        row = "{model:>16}{parameters:>12}{test_accuracy:>15.2%}{epoch_seconds:>13.1f}"
-        lines.append(row.format(**result))
-        histories[name] = result["history"]
-    table = "\n".join(lines)
-    print(table)
-    write(args.out / "comparison.txt", f"{table}\n".encode())
-    plot(args.out / "comparison.png", histories)
-
-
-# ---- command line ----
-
-def number(kind, low, high, even=False):
-    """A type for argparse: an int or float from low to high, and a message that says so."""
-    sort = "a number" if kind is float else "a whole number"
-    if even:
-        sort = "an even number"
-
-    def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or (even and value % 2):
-            raise argparse.ArgumentTypeError(f"{text}: pass {sort} from {low} to {high}")
+def at_least(low, kind=int):
+    """A type for argparse that says its limit."""
+    def number(text):
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: pass a number from {low}")
         return value
-    return convert
+    return number
 
 
-def add_training_flags(parser):
-    """Flags that a checkpoint stores. None: take what is stored, or the default."""
-    add = parser.add_argument_group("network").add_argument
-    add("--model", choices=[*MODELS, "all"], help="default s4d")
-    add("--d-model", type=number(int, 1, 10**5), help="features, at least 1, default 128")
-    add("--d-state", type=number(int, 2, 10**5, even=True),
-        help="states, even; default 64, s4 and lru 32, selective_scan and mamba 16")
-    add("--n-layers", type=number(int, 1, 1000), help="blocks, default 4, mamba 2")
-    add("--norm", choices=["layer", "batch"], help="normalization, default layer")
-    add("--prenorm", action="store_true", default=None, help="normalize before the layer")
-    add("--activation", choices=SequenceLayer.ACTIVATIONS,
-        help="see SequenceLayer; default glu, gss and mamba none")
-    add("--dropout", type=number(float, 0, 1), help="probability, 0 to 1, default 0.1")
-    add("--grayscale", action="store_true", default=None, help="one channel, not three")
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=number(int, 1, 10**6), help="default 100, for built-in images 4")
-    add("--batch-size", type=number(int, WORLD, 10**6),
-        help="images of a step, of all processes; default 64, for built-in images 16")
-    add("--lr", type=number(float, 0, 1e12), help="learning rate, at least 0, default 0.01")
-    add("--weight-decay", type=number(float, 0, 1e12),
-        help="of matrices, at least 0, default 0.01")
-    add("--amp", action="store_true", default=None, help="bfloat16 for the linear maps")
-    add("--seed", type=number(int, 0, 10**9), help="at least 0, default 0")
-
-
-def parse(argv):
-    """The command line as a namespace."""
+def build_parser():
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [--model MODEL] [--resume | --eval FILE] [more, see --help]",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_flags(parser)
-    add = parser.add_argument_group("data, files and device").add_argument
-    add("--data", choices=["auto", "cifar10", "builtin"],
-        help="default auto: cifar10, or builtin if it cannot be downloaded")
-    add("--data-dir", type=Path, default=Path("data"), help="of CIFAR-10, default data")
-    add("--limit", type=number(int, 2 * WORLD + 1, 10**9),
-        help="training images, and test images, to use; default all")
-    add("--eval-limit", type=number(int, 1, 10**9), default=256,
-        help="test images to read pixel by pixel, default 256")
-    add("--out", type=Path, default=Path("runs"), help="folder of the runs, default runs")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto")
+    add = parser.add_argument
+    add("--model", choices=[*MODELS, "all"], default="s4d", help="default s4d")
+    add("--d-model", type=int, default=128, help="features, from 1, default 128")
+    add("--d-state", type=int, default=64, help="even; default 64, some models 32 or 16")
+    add("--n-layers", type=int, default=4, help="blocks, from 1, default 4, mamba 2")
+    add("--norm", choices=["layer", "batch"], default="layer", help="default layer")
+    add("--prenorm", action="store_true", help="normalize before the layer, not after")
+    add("--activation", choices=ACTIVATIONS, default="glu", help="default glu")
+    add("--dropout", type=float, default=0.1, help="probability, 0 to 1, default 0.1")
+    add("--grayscale", action="store_true", help="one channel, not three")
+    add("--data", choices=["auto", "cifar10", "builtin"], default="auto", help="see above")
+    add("--data-dir", type=Path, default="data", help="of CIFAR-10, default data")
+    add("--limit", type=at_least(10 * WORLD), help="images to use, from 10, default all")
+    add("--epochs", type=at_least(1), help="from 1; default 100, for built-in images 4")
+    add("--batch-size", type=at_least(WORLD), help="default 64, for built-in images 16")
+    add("--lr", type=at_least(0, float), default=0.01, help="from 0, default 0.01")
+    add("--weight-decay", type=at_least(0, float), default=0.01, help="default 0.01")
+    add("--amp", action="store_true", help="bfloat16 for the linear maps")
+    add("--seed", type=at_least(0), default=0, help="from 0, default 0")
+    add("--device", choices=["cpu", "cuda"], default=DEVICE, help="default cuda, if any")
+    add("--out", type=Path, default="runs", help="folder of the runs, default runs")
+    add("--eval-limit", type=at_least(1), default=256, help="images to read pixel by pixel")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on after the last whole epoch")
     add("--eval", type=Path, metavar="FILE", help="a checkpoint to evaluate in every mode")
+    return parser
+
+
+def settle(argv):
+    """The flags (command line, else checkpoint, else MODELS) and the checkpoint or None."""
+    parser = build_parser()
     args = parser.parse_args(argv)
-    if args.model == "all" and (args.eval or WORLD > 1):
-        parser.error("--model all goes neither with --eval nor with torchrun")
-    return args
-
-
-def adopt(args, saved, path):
-    """Take over the settings of a checkpoint. A flag that contradicts them is an error."""
-    done = len(saved["history"])
-    for name, stored in saved["args"].items():
-        flag = "--" + name.replace("_", "-")
-        given = getattr(args, name)
-        if given in (None, "auto", stored):
-            setattr(args, name, stored)
-        elif name == "limit":
-            print(f"{flag} is {given} from now on, and was {stored}", flush=True)
-        elif name == "epochs" and args.resume and given >= done:
-            print(f"{flag} is {given} from now on, and was {stored}: the cosine schedule\n"
-                  f"is laid anew, it goes on at {cosine(done / given):.0%} of the learning "
-                  f"rates, not at {cosine(done / stored):.0%}", flush=True)
-        else:
-            fail(f"{flag} is {given} here, but {stored} in {path}, a run of {done} epochs. "
-                 "Leave the flag out, or start a new run with another --out.")
-
-
-def find_checkpoint(args):
-    """The checkpoint to evaluate or to go on from, with its settings in args, or None."""
-    path = args.eval
-    if not args.eval:
-        args.model = args.model or "s4d"
-        path = args.out / args.model / "last.pt"
-        check_folder(path.parent)
-        if path.exists() and not args.resume:
-            fail(f"{path} is of an earlier run. Add --resume to go on with it, or start a "
-                 "new run with another --out.")
-        if not path.exists():
-            if args.resume:
-                print(f"--resume: no {path}, so it starts from the beginning", flush=True)
-            return None
+    path = args.eval or args.out / args.model / "last.pt"
+    if not args.eval and not path.exists():
+        if args.resume:
+            print(f"--resume: no {path}, so it starts from the beginning", flush=True)
+        parser.set_defaults(**MODELS[args.model].get("flags", {}))
+        return parser.parse_args(argv), None
+    if not args.eval and not args.resume:
+        sys.exit(f"{path} is of an earlier run: go on with --resume, or take another --out")
     saved = load(path)
-    adopt(args, saved, path)
-    return saved
-
-
-def check_folder(folder):
-    """Make the folder, and end the program if nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        fail(f"--out: {folder} cannot be written: {error.strerror}")
-
-
-def complete(args, defaults):
-    """Set what is not set yet."""
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-
-
-def start_device(args):
-    """The device of this process, which joins the others that torchrun started."""
-    use_gpu = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
-    if use_gpu and LOCAL_RANK >= torch.cuda.device_count():
-        fail(f"--device cuda: there are {torch.cuda.device_count()} GPUs, and none for "
-             f"process {LOCAL_RANK}. Try --device cpu.")
-    device = torch.device(f"cuda:{LOCAL_RANK}" if use_gpu else "cpu")
-    if WORLD > 1:
-        distributed.init_process_group("nccl" if use_gpu else "gloo",
-                                       device_id=device if use_gpu else None)
-    return device
+    parser.set_defaults(**saved["args"])
+    parser.set_defaults(model=args.model)
+    args = parser.parse_args(argv)
+    for name, before in saved["args"].items():
+        now = getattr(args, name)
+        if now == "auto":
+            args.data = before
+        elif name == "epochs" and args.resume and now > before:
+            print(f"--epochs was {before}: the cosine is laid anew over {now}", flush=True)
+        elif name != "limit" and now != before:
+            flag = "--" + name.replace("_", "-")
+            sys.exit(f"{flag} is {now} here, but {before} in {path}. Another --out?")
+    return args, saved
 
 
 def keep_freed_memory():
-    """Have Linux keep freed memory for the next step: 2 to 3 times as fast on a CPU.
-
-    Otherwise every large tensor is fresh memory, which the system clears first.
-    """
+    """Have Linux keep freed memory, not clear it anew: 2 to 3 times as fast on a CPU."""
     m_trim_threshold = -1                                   # the names of malloc.h
     m_top_pad = -2
     m_mmap_max = -4
@@ -807,53 +581,57 @@ def keep_freed_memory():
         libc.mallopt(m_top_pad, 2**28)                      # and grows by 256 MB
 
 
-def run(args):
-    """Train, go on or evaluate."""
-    saved = find_checkpoint(args)
+def run(argv):
+    args, saved = settle(argv)
     folder = args.out / args.model
     result = folder / "result.json"
     if args.resume and saved and len(saved["history"]) == args.epochs and result.exists():
-        print(f"already finished, {args.epochs} epochs; from {result}:")
-        print("\n".join(json.loads(result.read_text())["table"]))
+        print(f"already finished, {args.epochs} epochs: {result.read_text()}")
         return
-    complete(args, MODELS[args.model].get("flags", {}))
-    complete(args, NETWORK | RECIPE)
-    device = start_device(args)
-    net = build_network(args).to(device)
+    net = build_network(args).to(args.device)
     size = sum(parameter.numel() for parameter in net.parameters())
-    print(f"{args.model}: {size:,} parameters on {device}", flush=True)
-    images, labels, test_images, test_labels = load_data(args, device)
-    complete(args, LENGTH[args.data])
+    print(f"{args.model}: {size:,} parameters on {args.device}", flush=True)
+    images, labels, test_images, test_labels = load_data(args)
     print(f"{args.data}: {len(images)} images, {len(test_images)} for the test", flush=True)
     if args.eval:
         net.load_state_dict(saved["model"])
         compare_modes(args, net, test_images, test_labels)
-    else:
-        result.unlink(missing_ok=True)                      # it is of fewer epochs
-        history = train(args, net, images, labels, folder, saved)
-        if RANK == 0:
-            score(args, net, test_images, test_labels, history, folder)
+        return
+    write(result, b"")                              # now, if the folder cannot be written
+    result.unlink(missing_ok=True)
+    history = train(args, net, images, labels, folder, saved)
+    if RANK == 0:
+        net.load_state_dict(load(folder / "best.pt")["model"])
+        seconds = sum(row["seconds"] for row in history) / len(history)
+        modes = compare_modes(args, net, test_images, test_labels)
+        content = {"parameters": size, "seconds per epoch": seconds, "modes": modes}
+        write(result, json.dumps(content, indent=1).encode())
+
+
+def main(argv):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU, try --device cpu")
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD > 1:
-        distributed.destroy_process_group()
-
-
-def main(argv=None):
-    """Do what the command line says."""
-    args = parse(argv)
+        distributed.init_process_group()
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     keep_freed_memory()
     try:
-        if args.model == "all":
-            compare_models(args, sys.argv[1:] if argv is None else argv)
-        else:
-            run(args)
+        names = MODELS if args.model == "all" else [args.model]
+        for name in names:
+            run([*argv, "--model", name])
     except KeyboardInterrupt:
-        how = "Start it again."
-        if args.model == "all" or (args.out / args.model / "last.pt").exists():
-            how = "With --resume, the same command goes on after the last whole epoch."
-        sys.exit(f"\nStopped. {'' if args.eval else how}")
+        sys.exit("\nStopped. With --resume, training goes on after the last whole epoch,\n"
+                 "or starts from the beginning if there is none.")
+    if args.model == "all" and RANK == 0:
+        compare_models(args.out)
+    if WORLD > 1:
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -2,12 +2,10 @@
 
 import csv
 import hashlib
-import io
 import itertools
 import json
 import os
 import resource
-import signal
 import socket
 import subprocess
 import sys
@@ -38,27 +36,21 @@ def run(out, *flags):
 
 
 def refusal(argv, capsys):
-    """What the command says before it exits with a status that is not 0."""
+    """What the command says before it exits with a status that is not 0: one line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
         example.main([str(arg) for arg in argv])
     assert error.value.code not in (0, None)
-    printed = capsys.readouterr().err
-    message = printed.splitlines()[-1] if error.value.code == 2 else error.value.code
-    assert message.startswith("example.py: ") or "error: " in message
+    message = capsys.readouterr().err.splitlines()[-1] if error.value.code == 2 else error.value.code
     assert "\n" not in message
     return message
 
 
-def start(out, *flags, command=(sys.executable, "example.py"), **environment):
-    """The same in a process of its own, which heeds Ctrl-C even if ours does not."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)    # or "ignore" is inherited
-    try:
-        return subprocess.Popen([*command, *TINY, *FEW, "--out", str(out), *flags], cwd=ROOT, text=True,
-                                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    finally:
-        signal.signal(signal.SIGINT, before)
+def start(out, *flags, command=("example.py",)):
+    """The same in a process of its own."""
+    return subprocess.Popen([sys.executable, *command, *TINY, *FEW, "--out", str(out), *flags], cwd=ROOT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def finish(process):
@@ -66,13 +58,6 @@ def finish(process):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     return output
-
-
-def wait_for(path, process):
-    """Wait until a process has written a file."""
-    end = time.time() + 60
-    while not path.exists() and process.poll() is None and time.time() < end:
-        time.sleep(0.01)
 
 
 def load(path):
@@ -119,28 +104,21 @@ def test_builtin_images_come_from_the_seed_within_two_seconds():
     assert (np.bincount(labels) == 250).all()
 
 
-def accuracy_of(model, x, y, x_test, y_test, epochs, lr):
-    """Test accuracy of a model trained with Adam."""
-    optimizer = torch.optim.Adam(model.parameters(), lr)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(x)).split(125):
+def test_builtin_images_need_more_than_neighbouring_pixels():
+    """A convolution of nine pixels and a mean do not find the class."""
+    torch.manual_seed(0)
+    x, y = map(torch.from_numpy, example.builtin_images(1500, 0))
+    x = x.mT.float().sub(128).div(64)                       # (n, 3, 1024)
+    model = nn.Sequential(nn.Conv1d(3, 16, 9, padding=4), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(),
+                          nn.Linear(16, 10))
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(8):
+        for batch in torch.randperm(1000).split(125):
             loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    with torch.no_grad():
-        return (model(x_test).argmax(1) == y_test).float().mean().item()
-
-
-def test_builtin_images_need_more_than_neighbouring_pixels():
-    torch.manual_seed(0)
-    (x, y), (x_test, y_test) = (example.builtin_images(n, seed) for n, seed in ((1500, 0), (1000, 1)))
-    x, x_test = (torch.from_numpy(v).mT.float().sub(128).div(64) for v in (x, x_test))     # (n, 3, 1024)
-    y, y_test = torch.from_numpy(y), torch.from_numpy(y_test)
-    pool = nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Flatten())
-    assert accuracy_of(nn.Sequential(pool, nn.Linear(3, 10)), x, y, x_test, y_test, 20, 0.03) < 0.5
-    convolution = nn.Sequential(nn.Conv1d(3, 16, 9, padding=4), nn.ReLU(), pool, nn.Linear(16, 10))
-    assert accuracy_of(convolution, x, y, x_test, y_test, 8, 0.01) < 0.5
+    assert (model(x[1000:]).argmax(1) == y[1000:]).float().mean() < 0.5
 
 
 def records(n, seed=0):
@@ -152,34 +130,33 @@ def records(n, seed=0):
 
 def write_cifar(folder, n=6):
     folder.mkdir(parents=True, exist_ok=True)
-    for i, name in enumerate([*example.TRAIN_FILES, *example.TEST_FILES]):
+    for i, name in enumerate(example.FILES):
         records(n, i).tofile(folder / name)
     return folder
 
 
 def arguments(data_dir, data="cifar10", **options):
     return SimpleNamespace(**{"data": data, "data_dir": Path(data_dir), "limit": None,
-                              "grayscale": False, "seed": 0, **options})
+                              "grayscale": False, "seed": 0, "epochs": None,
+                              "batch_size": None, "device": "cpu", **options})
 
 
-def test_cifar_is_read_from_the_folder_or_its_parent(tmp_path):
-    folder = write_cifar(tmp_path / example.FOLDER)
-    for data_dir in (folder, tmp_path):
-        args = arguments(data_dir, "auto")
-        images, labels, test_images, _ = example.load_data(args, "cpu")
-        assert args.data == "cifar10" and images.shape == (30, 1024, 3) and len(test_images) == 6
-        record = records(6, 1)[2]                       # record 2 of file 2 is image 8
-        assert labels[8] == record[0]
-        assert images[8, 33].tolist() == [record[1 + 33], record[1 + 1024 + 33], record[1 + 2048 + 33]]
-    images, labels, test_images, test_labels = example.load_data(
-        arguments(tmp_path, limit=4, grayscale=True), "cpu")
-    assert images.shape == (4, 1024, 1) and len(labels) == len(test_images) == len(test_labels) == 4
+def test_cifar_is_read_from_the_folder(tmp_path):
+    write_cifar(tmp_path / example.FOLDER)
+    args = arguments(tmp_path, "auto")
+    images, labels, test_images, _ = example.load_data(args)
+    assert args.data == "cifar10" and images.shape == (30, 1024, 3) and len(test_images) == 6
+    record = records(6, 1)[2]                               # record 2 of file 2 is image 8
+    assert labels[8] == record[0]
+    assert images[8, 33].tolist() == [record[1 + 33], record[1 + 1024 + 33], record[1 + 2048 + 33]]
+    tensors = example.load_data(arguments(tmp_path, limit=4, grayscale=True))
+    assert tensors[0].shape == (4, 1024, 1) and [len(tensor) for tensor in tensors] == 4 * [4]
 
 
 def test_a_file_with_fewer_records_says_how_many(tmp_path, capsys):
     folder = write_cifar(tmp_path / example.FOLDER)
     records(2).tofile(folder / "data_batch_4.bin")
-    assert len(example.load_data(arguments(tmp_path), "cpu")[0]) == 26
+    assert len(example.load_data(arguments(tmp_path))[0]) == 26
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("/")[-1] for line in lines if "batch_3" in line or "batch_4" in line] == [
         "data_batch_3.bin: 6 images", "data_batch_4.bin: 2 images"]
@@ -187,7 +164,6 @@ def test_a_file_with_fewer_records_says_how_many(tmp_path, capsys):
 
 @pytest.mark.parametrize("damage, message", [
     (lambda path: path.unlink(), "missing"),
-    (lambda path: path.write_bytes(b""), "damaged"),
     (lambda path: path.write_bytes(path.read_bytes()[:-1]), "3073"),
     (lambda path: path.write_bytes(b"\x0a" + path.read_bytes()[1:]), "labels"),
 ])
@@ -195,13 +171,13 @@ def test_damaged_files_are_named(tmp_path, damage, message):
     path = write_cifar(tmp_path / example.FOLDER) / "data_batch_3.bin"
     damage(path)
     with pytest.raises(SystemExit) as error:
-        example.load_data(arguments(tmp_path), "cpu")
+        example.load_data(arguments(tmp_path))
     assert message in str(error.value) and "data_batch_3.bin" in str(error.value)
 
 
 def serve(monkeypatch, path):
     """Have the example download this file, which is as it should be."""
-    monkeypatch.setattr(example, "WAIT", 0)
+    monkeypatch.setattr(example.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(example, "URL", path.as_uri())
     monkeypatch.setattr(example, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
 
@@ -222,64 +198,51 @@ def archive(tmp_path, monkeypatch):
 def test_download(archive, tmp_path):
     data_dir = tmp_path / "a" / "data"
     (data_dir / example.FOLDER).mkdir(parents=True)          # an empty folder is no CIFAR-10
-    images, *_ = example.load_data(arguments(data_dir, "auto"), "cpu")
+    images, *_ = example.load_data(arguments(data_dir, "auto"))
     assert len(images) == 1000
     assert sorted(p.name for p in (tmp_path / "a").rglob("*") if p.is_file()) == sorted(
-        [*example.TRAIN_FILES, *example.TEST_FILES])
+        example.FILES)
     assert [p.name for p in data_dir.iterdir()] == [example.FOLDER]
     archive.unlink()                                    # the second time it is there already
-    assert len(example.load_data(arguments(data_dir), "cpu")[0]) == 1000
+    assert len(example.load_data(arguments(data_dir))[0]) == 1000
 
 
 def test_a_download_that_was_killed_is_repeated(archive, tmp_path, monkeypatch):
-    write, written = example.write, []
+    written = []
 
     def killed(path, content):
         if len(written) == 3:
             raise KeyboardInterrupt
         written.append(path)
         write(path, content)
-    monkeypatch.setattr(example, "write", killed)
-    with pytest.raises(KeyboardInterrupt):
-        example.load_data(arguments(tmp_path / "data"), "cpu")
-    monkeypatch.setattr(example, "write", write)
-    assert len(example.load_data(arguments(tmp_path / "data"), "cpu")[0]) == 1000
+    write = example.write
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(example, "write", killed)
+        example.load_data(arguments(tmp_path / "data"))
+    assert len(example.load_data(arguments(tmp_path / "data"))[0]) == 1000
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-100]), Path.unlink])
-def test_failed_download(archive, tmp_path, damage, capsys):
-    damage(archive)
+def test_failed_download(archive, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(example, "SHA256", 64 * "0")
     with pytest.raises(SystemExit, match="download failed"):
-        example.load_data(arguments(tmp_path / "data"), "cpu")
-    assert "attempt 3 of 3" in capsys.readouterr().out
+        example.load_data(arguments(tmp_path / "data"))
+    assert "attempt 3 of 3: invalid hash" in capsys.readouterr().out
     args = arguments(tmp_path / "data", "auto", limit=20)
-    assert len(example.load_data(args, "cpu")[0]) == 20 and args.data == "builtin"
-    assert "Training on the built-in images" in capsys.readouterr().out
-    assert not list((tmp_path / "data").glob("*"))
+    assert len(example.load_data(args)[0]) == 20 and args.data == "builtin" and args.epochs == 4
+    assert "training on the built-in images" in capsys.readouterr().out
+    assert not list((tmp_path / "data").rglob("*.*"))
 
 
 def test_the_third_attempt_may_succeed(archive, tmp_path, monkeypatch):
     attempts = itertools.count(1)
-    urlopen = example.urllib.request.urlopen
+    urlopen = torch.hub.urlopen
 
-    def flaky(url, timeout):
+    def flaky(request):
         if next(attempts) < 3:
             raise OSError("no route")
-        return urlopen(url, timeout=timeout)
-    monkeypatch.setattr(example.urllib.request, "urlopen", flaky)
-    assert len(example.load_data(arguments(tmp_path / "data"), "cpu")[0]) == 1000
-
-
-def test_size_of_the_download_is_the_servers(archive, tmp_path, monkeypatch):
-    shown = []
-
-    def track(items, what, note):
-        shown.append(f"{what} 1 of {len(items)}{note()}")
-        yield from items
-    monkeypatch.setattr(example, "track", track)
-    example.download(tmp_path)
-    megabytes = -(-archive.stat().st_size // 10**6)
-    assert megabytes > 1 and shown == [f"downloading CIFAR-10: 1 of {megabytes} MB"]
+        return urlopen(request)
+    monkeypatch.setattr(torch.hub, "urlopen", flaky)
+    assert len(example.load_data(arguments(tmp_path / "data"))[0]) == 1000
 
 
 @pytest.mark.parametrize("kind", ["a folder", "a link", "missing", "no archive"])
@@ -298,8 +261,8 @@ def test_odd_archive(tmp_path, monkeypatch, capsys, kind):
         path.write_bytes(b"<html>")
     serve(monkeypatch, path)
     with pytest.raises(SystemExit, match="download failed"):
-        example.load_data(arguments(tmp_path / "data"), "cpu")
-    assert kind == "no archive" or "no file cifar-10-batches-bin/data_batch_2.bin" in capsys.readouterr().out
+        example.load_data(arguments(tmp_path / "data"))
+    assert "attempt 3 of 3: " in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- network
@@ -334,17 +297,6 @@ def test_every_mode_of_the_network_gives_the_same_numbers(options, pool):
     assert torch.allclose(slow, net(x[:, :1], rate=2.0)[0].reshape(slow.shape))
 
 
-def test_options_change_the_result():
-    x, results = torch.randn(2, 40, 3), []
-    for options in OPTIONS:
-        net = network(**options).train()
-        for layer in net.layers:
-            layer.dropout = 0.0
-        results.append(net(x)[0])
-    for i, a in enumerate(results):
-        assert not any(torch.allclose(a, b) for b in results[:i]), OPTIONS[i]
-
-
 @pytest.mark.parametrize("activation", ["glu", "half_glu1", "half_glu2", "gelu", "none"])
 def test_activations_as_defined(activation):
     layer = example.SequenceLayer(S4D(16, 8), 16, activation=activation, prenorm=True).eval()
@@ -358,17 +310,17 @@ def test_activations_as_defined(activation):
 
 
 def test_dropout_is_tied_over_the_length_and_absent_in_evaluation():
+    torch.manual_seed(0)
     layer = example.SequenceLayer(S4D(64, 8), 64, activation="none", prenorm=True, dropout=0.5)
     x = torch.randn(2, 9, 64)
-    branch = layer(x)[0] - x
-    dropped = (branch.abs() < 1e-6)
+    dropped = layer(x)[0] == x
     assert 0 < dropped.float().mean() < 1 and (dropped == dropped[:, :1]).all()
     layer.eval()
     assert torch.equal(layer(x)[0], layer(x)[0])
 
 
 def test_video_in_and_out():
-    net = example.StackedSSM(lambda h: S4D(h, 8), (4, 5, 3), (4, 5, 2), d_model=16, n_layers=1, pool=False)
+    net = example.StackedSSM(lambda h: S4D(h, 8), [4, 5, 3], (4, 5, 2), d_model=16, n_layers=1, pool=False)
     video = torch.randn(2, 7, 4, 5, 3)
     y, _ = net(video)
     assert y.shape == (2, 7, 4, 5, 2)
@@ -376,14 +328,12 @@ def test_video_in_and_out():
     assert torch.allclose(frame, net(video)[0][:, 0], atol=1e-5)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_no_tensor_on_the_wrong_device(options):
-    net = network(**options).train().to("meta")
+@pytest.mark.parametrize("activation", example.ACTIVATIONS)
+def test_no_tensor_on_the_wrong_device(activation):
+    net = network(activation=activation).train().to("meta")
     net(torch.zeros(2, 40, 3, device="meta"))[0].sum().backward()
-    net.eval()
-    y, state = net(torch.zeros(2, 40, 3, device="meta"), net.initial_state(2))
-    y, state = net.step(torch.zeros(2, 3, device="meta"), state)
-    assert y.is_meta
+    y, state = net.eval()(torch.zeros(2, 40, 3, device="meta"), net.initial_state(2))
+    assert net.step(torch.zeros(2, 3, device="meta"), state)[0].is_meta
 
 
 def test_param_groups():
@@ -407,18 +357,13 @@ def test_param_groups():
 
 @pytest.mark.parametrize("options, message", [
     ({"norm": "nope"}, "norm='nope': choose layer or batch"),
-    ({"activation": "relu"}, "activation='relu': choose from glu, half_glu1, half_glu2, gelu, none"),
-    ({"dropout": 1.5}, "dropout=1.5"), ({"n_layers": 0}, "n_layers=0"), ({"d_model": 0}, "d_model=0"),
+    ({"activation": "relu"}, "activation='relu': choose from .*half_glu2"),
+    ({"dropout": 1.5}, "between 0 and 1, but got 1.5"), ({"n_layers": 0}, "n_layers=0"), ({"d_model": 0}, "d_model=0"),
+    ({"d_input": 0}, "d_input=0"), ({"d_output": (2, -1)}, "pass positive numbers"),
 ])
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        example.StackedSSM(lambda h: S4D(h, 8), 3, 10, **{"d_model": 16, **options})
-
-
-@pytest.mark.parametrize("sizes", [(0, 10), (3, 0), ((4, 0), 10), (3, (2, -1))])
-def test_sizes_are_positive(sizes):
-    with pytest.raises(ValueError, match="pass positive numbers"):
-        example.StackedSSM(lambda h: S4D(h, 8), *sizes, d_model=16)
+        example.StackedSSM(lambda h: S4D(h, 8), **{"d_input": 3, "d_output": 10, "d_model": 16, **options})
 
 
 def test_input_of_another_shape_is_refused():
@@ -432,38 +377,27 @@ def test_input_of_another_shape_is_refused():
     for shape in ((2, 40, 1), (2, 16), (2, 40, 16, 1)):
         with pytest.raises(ValueError, match=r"pass \(b, l, 16\)"):
             net.layers[0](torch.randn(shape))
-    with pytest.raises(ValueError, match="pass one step"):
+    with pytest.raises(ValueError):
         net(torch.randn(2, 2, 3), net.initial_state(2), discrete=net.discretize())
 
 
-def test_a_list_of_sizes_is_a_tuple_of_sizes():
-    net = example.StackedSSM(lambda h: S4D(h, 8), [4, 3], [2, 5], d_model=16, n_layers=1)
-    assert net(torch.randn(2, 7, 4, 3))[0].shape == (2, 2, 5)
-
-
 @pytest.mark.parametrize("model", example.MODELS)
-def test_every_model_in_every_mode(model):
-    args = example.parse(["--model", model, *SMALL, "--dropout", "0"])
-    example.complete(args, example.MODELS[model].get("flags", {}))
-    example.complete(args, example.NETWORK | example.RECIPE)
+def test_every_model_in_every_mode(model, tmp_path):
+    args, _ = example.settle(["--model", model, *SMALL, "--dropout", "0", "--out", str(tmp_path)])
     net = example.build_network(args)
     x = torch.rand(2, 30, 3)
     whole, _ = net(x)
     whole.sum().backward()
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
-    args.amp = False
     for piece in (7, 1):
-        assert torch.allclose(example.read_images(args, net, x, "", piece), whole, atol=1e-4)
+        assert torch.allclose(example.evaluate(args, net, x, "", piece), whole, atol=1e-4)
 
 
-@pytest.mark.parametrize("model", ["s4d", "mamba"])
-def test_default_networks_have_about_200000_parameters(model):
-    args = example.parse(["--model", model])
-    example.complete(args, example.MODELS[model].get("flags", {}))
-    example.complete(args, example.NETWORK | example.RECIPE)
+@pytest.mark.parametrize("model, expected", [("s4d", (64, 4, "glu")), ("mamba", (16, 2, "none"))])
+def test_default_networks_have_about_200000_parameters(model, expected, tmp_path):
+    args, _ = example.settle(["--model", model, "--out", str(tmp_path)])
     assert 160_000 < sum(p.numel() for p in example.build_network(args).parameters()) < 240_000
-    assert {"s4d": (64, 4, "glu"), "mamba": (16, 2, "none")}[model] == (
-        args.d_state, args.n_layers, args.activation)
+    assert (args.d_state, args.n_layers, args.activation) == expected
 
 
 # ---------------------------------------------------------------- the command
@@ -476,10 +410,9 @@ def test_training_writes_everything(trained):
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     result, checkpoint = json.loads((out / "result.json").read_text()), load(out / "last.pt")
-    assert result["history"] == checkpoint["history"] and checkpoint["args"]["model"] == "s4d"
-    assert [float(row["val_loss"]) for row in rows] == [row["val_loss"] for row in result["history"]]
-    assert result["modes"]["in parallel"] == result["test_accuracy"] and len(result["modes"]) == 5
-    assert not {"step_ms", "peak_memory_MB"} & result.keys()
+    assert checkpoint["args"]["model"] == "s4d" and not {"out", "resume"} & checkpoint["args"].keys()
+    assert [float(row["val_loss"]) for row in rows] == [row["val_loss"] for row in checkpoint["history"]]
+    assert result.keys() == {"parameters", "seconds per epoch", "modes"} and len(result["modes"]) == 5
     assert "pixel by pixel" in output and max(map(len, output.splitlines())) <= 80
     best = max(checkpoint["history"], key=lambda row: row["val_accuracy"])
     assert load(out / "best.pt")["history"][-1] == best
@@ -488,7 +421,7 @@ def test_training_writes_everything(trained):
 def test_best_checkpoint_is_the_first_of_the_highest_accuracy(tmp_path, monkeypatch):
     """The network answers class 1 at epoch 1, class 2 at epoch 2, ...: at first no image is of it."""
     epochs = iter(range(1, 100))
-    monkeypatch.setattr(example, "read_images",
+    monkeypatch.setattr(example, "evaluate",
                         lambda args, net, x, *_: torch.eye(10)[[next(epochs) % 10] * len(x)])
     run(tmp_path, "--epochs", "10")
     history = load(tmp_path / "s4d" / "last.pt")["history"]
@@ -499,16 +432,17 @@ def test_best_checkpoint_is_the_first_of_the_highest_accuracy(tmp_path, monkeypa
 
 def test_validation_images_do_not_depend_on_the_limit_and_are_not_trained_on(tmp_path, monkeypatch):
     trained_on, evaluated = [], []
-    draw, evaluate = example.draw_batches, example.evaluate
+    train_epoch, evaluate = example.train_epoch, example.evaluate
 
-    def spy_draw(args, epoch, indices):
-        trained_on.append(set(indices.tolist()))
-        return draw(args, epoch, indices)
+    def spy_train(*args):
+        trained_on.append(set(args[-1].tolist()))
+        return train_epoch(*args)
 
-    def spy_evaluate(args, net, images, labels):
-        evaluated.append(images)
-        return evaluate(args, net, images, labels)
-    monkeypatch.setattr(example, "draw_batches", spy_draw)
+    def spy_evaluate(args, net, images, what, *more):
+        if what == "validation":
+            evaluated.append(images)
+        return evaluate(args, net, images, what, *more)
+    monkeypatch.setattr(example, "train_epoch", spy_train)
     monkeypatch.setattr(example, "evaluate", spy_evaluate)
     run(tmp_path, "--epochs", "1", "--limit", "21", "--seed", "3")
     run(tmp_path, "--epochs", "2", "--limit", "40", "--resume")
@@ -527,26 +461,14 @@ def test_evaluation_of_a_checkpoint(trained, capsys):
         first, second = (next(line for line in text.splitlines() if mode in line) for text in (output, again))
         assert first.split("%")[0] == second.split("%")[0]
     for mode in ("in pieces of 300 pixels", "pixel by pixel"):
-        assert next(line for line in again.splitlines() if mode in line).split()[-2] == "0"
+        assert next(line for line in again.splitlines() if mode in line).split()[-1] == "0"
     example.main(["--eval", str(out / "best.pt"), "--limit", "10", "--eval-limit", "1", "--device", "cpu"])
     table = capsys.readouterr().out
     assert "10 for the test" in table
     assert [line.split("%")[1].split()[0] for line in table.splitlines() if "%" in line] == [*["10"] * 4, "1"]
 
 
-def test_kill_and_resume_gives_the_same_weights(trained, tmp_path):
-    out, _ = trained
-    process = start(tmp_path, "--epochs", "3")
-    wait_for(tmp_path / "s4d" / "last.pt", process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert 1 <= len(load(tmp_path / "s4d" / "last.pt")["history"]) <= 3
-    run(tmp_path, "--epochs", "3", "--resume")
-    for name in ("last.pt", "best.pt"):
-        assert same_weights(tmp_path / "s4d" / name, out / name)
-
-
-@pytest.mark.parametrize("name", ["best.pt", "last.pt", "metrics.csv", "result.json"])
+@pytest.mark.parametrize("name", ["best.pt", "last.pt", "result.json"])
 def test_killed_while_writing_and_resumed(trained, tmp_path, monkeypatch, name):
     """Killed in the middle of a file, of the second epoch where there is one."""
     class Killed(BaseException):
@@ -567,7 +489,7 @@ def test_killed_while_writing_and_resumed(trained, tmp_path, monkeypatch, name):
     assert same_weights(tmp_path / "s4d" / "best.pt", trained[0] / "best.pt")
     rows = list(csv.DictReader((tmp_path / "s4d" / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
-    assert json.loads((tmp_path / "s4d" / "result.json").read_text())["model"] == "s4d"
+    assert len(json.loads((tmp_path / "s4d" / "result.json").read_text())["modes"]) == 5
 
 
 def test_going_on_longer_lays_the_schedule_anew(copy, capsys, monkeypatch):
@@ -575,15 +497,12 @@ def test_going_on_longer_lays_the_schedule_anew(copy, capsys, monkeypatch):
     assert {group["initial_lr"] for group in groups} == {1e-3, 0.01}
     for group in groups:                                     # 12 steps, the last of which began at 11/12
         assert group["lr"] == pytest.approx(group["initial_lr"] * (1 + np.cos(np.pi * 11 / 12)) / 2)
-    capsys.readouterr()
     run(copy, "--epochs", "4", "--resume")
-    printed = capsys.readouterr().out
-    assert "--epochs is 4 from now on, and was 3" in printed and "15% of the learning rates, not at 0%" in printed
+    assert "--epochs was 3: the cosine is laid anew over 4" in capsys.readouterr().out
     checkpoint = load(copy / "s4d" / "last.pt")
     assert len(checkpoint["history"]) == 4 and checkpoint["args"]["epochs"] == 4
     for group in checkpoint["optimizer"]["param_groups"]:
         assert group["lr"] == pytest.approx(group["initial_lr"] * (1 + np.cos(np.pi * 15 / 16)) / 2)
-    assert len(json.loads((copy / "s4d" / "result.json").read_text())["history"]) == 4
 
 
 def test_no_old_result_beside_a_run_that_goes_on(copy, monkeypatch):
@@ -597,32 +516,27 @@ def test_no_old_result_beside_a_run_that_goes_on(copy, monkeypatch):
 
 def test_a_finished_run_says_so_and_shows_its_result(trained, capsys, monkeypatch):
     capsys.readouterr()
-    monkeypatch.setattr(example, "read_images", None)
+    monkeypatch.setattr(example, "evaluate", None)
     run(trained[0].parent, "--epochs", "3", "--resume")
     printed = capsys.readouterr().out
     assert "already finished, 3 epochs" in printed
-    assert printed.splitlines()[1:] == trained[1].splitlines()[-6:]
+    assert (trained[0] / "result.json").read_text() in printed
 
 
 @pytest.mark.parametrize("flags, values", [
-    (["--d-model", "16"], ("--d-model", "16", "8")), (["--dropout", "0.5"], ("--dropout", "0.5", "0.1")),
-    (["--grayscale"], ("--grayscale", "True", "False")), (["--lr", "0.1"], ("--lr", "0.1", "0.01")),
-    (["--seed", "1"], ("--seed", "1", "0")), (["--data", "cifar10"], ("--data", "cifar10", "builtin")),
-    (["--amp"], ("--amp", "True", "False")), (["--epochs", "2"], ("--epochs", "2", "3")),
-    (["--activation", "gelu"], ("--activation", "gelu", "glu")),
+    (["--d-model", "16"], "--d-model is 16 here, but 8"), (["--grayscale"], "--grayscale is True here, but False"),
+    (["--lr", "0.1"], "--lr is 0.1 here, but 0.01"), (["--data", "cifar10"], "--data is cifar10 here, but builtin"),
+    (["--epochs", "2"], "--epochs is 2 here, but 3"), (["--model", "s5"], "--model is s5 here, but s4d"),
 ])
-@pytest.mark.parametrize("mode", ["--resume", "--eval"])
-def test_flags_that_contradict_the_checkpoint(trained, capsys, mode, flags, values):
+def test_flags_that_contradict_the_checkpoint(trained, capsys, flags, values):
     out = trained[0]
-    start = ["--resume"] if mode == "--resume" else ["--eval", out / "best.pt"]
-    message = refusal(["--out", out.parent, *start, *flags], capsys)
-    flag, given, stored = values
-    assert f"{flag} is {given} here, but {stored} in {out}" in message
+    assert f"{values} in {out / 'best.pt'}" in refusal(["--eval", out / "best.pt", *flags], capsys)
+    if "--model" not in flags:
+        assert f"{values} in {out / 'last.pt'}" in refusal(["--resume", "--out", out.parent, *flags], capsys)
 
 
-def test_flags_that_have_no_place_in_an_evaluation(trained, capsys):
+def test_going_on_is_no_evaluation(trained, capsys):
     path = trained[0] / "best.pt"
-    assert "--model is s5 here, but s4d in" in refusal(["--model", "s5", "--eval", path], capsys)
     assert "--epochs is 9 here, but 3 in" in refusal(["--epochs", "9", "--eval", path], capsys)
     assert "not allowed with" in refusal(["--resume", "--eval", path], capsys)
 
@@ -642,31 +556,22 @@ def test_a_new_run_does_not_overwrite_an_older_one(copy, capsys):
     assert before == {path: path.read_bytes() for path in (copy / "s4d").iterdir()}
 
 
-def test_ctrl_c_says_what_resume_will_do(tmp_path):
-    process = start(tmp_path, "--epochs", "10000")
-    wait_for(tmp_path / "s4d" / "last.pt", process)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and "With --resume, the same command goes on after" in output
-    assert "Traceback" not in output and load(tmp_path / "s4d" / "last.pt")["history"]
-
-
 def test_interrupted_before_the_first_checkpoint(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(example, "train_epoch", interrupted)
         message = str(pytest.raises(SystemExit, run, tmp_path).value)
-    assert "Stopped. Start it again." in message and "--resume" not in message
+    assert "or starts from the beginning if there is none" in message
     capsys.readouterr()
     run(tmp_path, "--epochs", "1", "--resume")
     printed = capsys.readouterr().out
-    assert "last.pt, so it starts from the beginning" in printed and "epoch 1/1" in printed
+    assert "last.pt, so it starts from the beginning" in printed and "epoch 1: loss" in printed
 
 
 def test_a_diverged_run_stops_and_writes_nothing(tmp_path, capsys):
     message = refusal([*TINY, "--out", tmp_path, "--lr", "1e9"], capsys)
-    assert "diverged: the loss of epoch 1, step 2 is nan" in message and "--lr below 1e+09" in message
+    assert "the loss of epoch 1 is not finite after step 1. Start again with an --lr below 1e+09" in message
     assert not list((tmp_path / "s4d").iterdir())
 
 
@@ -678,34 +583,27 @@ def test_a_run_that_diverges_later_keeps_its_checkpoint(copy, capsys):
     torch.save(checkpoint, path)
     before = {path: path.read_bytes() for path in path.parent.glob("*.pt")}
     message = refusal(["--out", copy, "--resume", "--epochs", "9"], capsys)
-    assert "epoch 4, step 2 is nan" in message and "saved is kept" in message
+    assert "epoch 4 is not finite after step 1" in message and "saved is kept" in message
     assert before == {path: path.read_bytes() for path in path.parent.glob("*.pt")}
 
 
 def test_validation_that_diverges_is_noticed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(example, "evaluate", lambda *_: (float("inf"), 0.1))
-    assert "is inf" in refusal([*TINY, "--out", tmp_path], capsys)
+    monkeypatch.setattr(example, "evaluate", lambda args, net, x, *_: torch.full((len(x), 10), float("inf")))
+    assert "is not finite after step 4" in refusal([*TINY, "--out", tmp_path], capsys)
     assert not list((tmp_path / "s4d").iterdir())
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda path: path.write_bytes(b""), "damaged, or no checkpoint"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-2000]), "damaged, or no checkpoint"),
-    (lambda path: path.write_bytes(path.read_bytes()[:200]), "damaged, or no checkpoint"),
-    (lambda path: path.write_text("model,loss\n"), "damaged, or no checkpoint"),
-    (lambda path: torch.save([1, 2], path), "damaged, or no checkpoint"),
-    (lambda path: torch.save({"model": {}}, path), "damaged, or no checkpoint"),
-    (lambda path: path.unlink(), "not found"),
-    (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_bytes(b""), lambda path: path.write_bytes(path.read_bytes()[:-2000]),
+    lambda path: path.write_text("model,loss\n"), lambda path: torch.save([1, 2], path),
+    lambda path: torch.save({"model": {}}, path), lambda path: (path.unlink(), path.mkdir()), Path.unlink,
 ])
-def test_a_file_that_is_no_checkpoint(copy, capsys, damage, message):
-    folder = copy / "s4d"
-    for name, flags in (("best.pt", ["--eval", folder / "best.pt"]), ("last.pt", ["--resume", "--out", copy])):
-        path = folder / name
-        damage(path)
-        if name == "best.pt" or path.exists():
-            said = refusal(flags, capsys)
-            assert str(path) in said and message in said
+def test_a_file_that_is_no_checkpoint(copy, capsys, damage):
+    path = copy / "s4d" / "last.pt"
+    damage(path)
+    assert f"{path} not found, damaged or no checkpoint" in refusal(["--eval", path], capsys)
+    if path.exists():
+        assert f"{path} not found, damaged or no" in refusal(["--resume", "--out", copy], capsys)
 
 
 def test_disk_full(copy, capsys):
@@ -722,29 +620,23 @@ def test_disk_full(copy, capsys):
 
 def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "runs", "/proc"):
-        assert f"--out: {out}" in refusal([*TINY, "--out", out], capsys)
+    for out in (tmp_path / "file", tmp_path / "file" / "runs", Path("/proc")):
+        assert f"{out / 's4d' / 'result.json'} could not be written: " in refusal([*TINY, "--out", out], capsys)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(tmp_path, capsys):
     message = refusal([*TINY, "--out", tmp_path, "--device", "cuda"], capsys)
-    assert "--device cuda: there are 0 GPUs" in message and "--device cpu" in message
-
-
-def test_a_size_that_does_not_fit_the_model(tmp_path, capsys):
-    message = refusal([*TINY, "--out", tmp_path, "--model", "gss", "--d-model", "6"], capsys)
-    assert "--model gss cannot be built: " in message and "6" in message
+    assert "--device cuda: there is no GPU, try --device cpu" in message
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--epochs", "2.5"], "--epochs: 2.5: pass a whole number from 1"), (["--epochs", "0"], "--epochs"),
-    (["--seed", "x"], "--seed"), (["--seed", "-1"], "whole number from 0"), (["--batch-size", "-1"], "--batch-size"),
-    (["--limit", "2"], "from 3"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "inf"], "--lr"),
-    (["--dropout", "1.5"], "--dropout: 1.5: pass a number from 0 to 1"), (["--weight-decay", "-1"], "--weight"),
-    (["--d-state", "3"], "--d-state: 3: pass an even number from 2"), (["--model", "transformer"], "--model"),
-    (["--data", "x"], "--data"), (["--norm", "none"], "--norm"), (["--eval", "nowhere.pt"], "nowhere.pt: not found"),
-    (["--model", "all", "--eval", "x"], "neither with --eval"),
+    (["--epochs", "0"], "--epochs: 0: pass a number from 1"), (["--epochs", "2.5"], "--epochs: invalid number"),
+    (["--seed", "-1"], "number from 0"), (["--batch-size", "0"], "--batch-size"), (["--limit", "2"], "from 10"),
+    (["--lr", "nan"], "--lr"), (["--weight-decay", "inf"], "--weight"), (["--model", "transformer"], "--model"),
+    (["--norm", "none"], "--norm"), (["--dropout", "1.5"], "between 0 and 1, but got 1.5"),
+    (["--d-state", "3"], "even"), (["--n-layers", "0"], "pass positive numbers"),
+    (["--model", "gss", "--d-model", "6"], "--model gss cannot be built: "),
 ])
 def test_bad_flags(flags, message, capsys, tmp_path):
     assert message in refusal(["--out", tmp_path, *flags], capsys)
@@ -755,18 +647,8 @@ def test_help(capsys):
         example.main(["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and text.startswith("usage")
-    for name, default in (example.NETWORK | example.RECIPE).items():
-        flag = "--" + name.replace("_", "-")
-        described = " ".join(text[text.rindex(f"  {flag}"):].split())
-        assert isinstance(default, bool) or f"default {default}" in described[:120], flag
-    choices = text[text.index("--model {"):].split("}")[0]
-    assert all(choices.count(f"{name},") >= 1 for name in example.MODELS)
-    assert choices.replace("{", ",").split(",").count("s4d") == 1
-
-
-def test_a_model_without_its_file_is_refused(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(example.MODELS, "s4", {"layer": "nowhere.S4"})
-    assert "nowhere.py" in refusal([*TINY, "--out", tmp_path, "--model", "s4"], capsys)
+    choices = text[text.index("  --model {"):].split("}")[0].split("{")[1].split(",")
+    assert choices == [*example.MODELS, "all"]
 
 
 # ---------------------------------------------------------------- progress
@@ -779,73 +661,41 @@ class Clock:
         return self.now
 
 
-def lines_of(monkeypatch, stdout, seconds, count, **options):
-    """What track prints to stdout over items that take so many seconds each."""
+@pytest.mark.parametrize("terminal, seconds, expected", [
+    (False, 15, "step 4/12, 4.0 min left\nstep 8/12, 3.0 min left\nstep 12/12, 2.0 min left\n"),
+    (True, 5, "step\033[K\r" + "".join(f"step {i}/12, {(20 - i) / 12:.1f} min left\033[K\r" for i in range(1, 13))),
+])
+def test_progress_and_the_time_left(monkeypatch, capsys, terminal, seconds, expected):
     clock = Clock()
+    capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(example, "time", clock)
-        patch.setattr(sys, "stdout", stdout)
-        for _ in example.track(range(count), "step", **options):
+        patch.setattr(sys.stdout, "isatty", lambda: terminal)
+        for _ in example.track(range(12), "step", rest=8):
             clock.now += seconds
-    return stdout.getvalue()
+    assert capsys.readouterr().out == expected
 
 
-def test_progress_in_a_file_is_a_line_a_minute_with_the_time_left(monkeypatch):
-    text = lines_of(monkeypatch, io.StringIO(), 15, 12, note=lambda: ": fine", rest=8)
-    assert text.splitlines() == ["step 1 of 12: fine, 4.8 min left", "step 5 of 12: fine, 3.8 min left",
-                                 "step 9 of 12: fine, 2.8 min left"]
-
-
-def test_progress_on_a_terminal_is_in_place(monkeypatch):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    text = lines_of(monkeypatch, terminal, 0.5, 6)
-    assert "\n" not in text
-    shown = [line.rstrip() for line in text.split("\r")]
-    assert shown == ["step 0 of 6", "step 2 of 6, 0.0 min left", "step 4 of 6, 0.0 min left",
-                     "step 6 of 6, 0.0 min left", "", ""]
-    assert {len(line) for line in text.split("\r")[1:-1]} == {79}
-
-
-def test_evaluation_and_training_show_progress(trained, tmp_path, monkeypatch, capsys):
+def test_evaluation_and_training_show_progress(tmp_path, monkeypatch):
     shown = []
 
-    def track(items, what, note=lambda: "", rest=0):
-        for item in items:
-            yield item
-            shown.append((what, len(items), rest, note()))
+    def track(items, what, rest=0):
+        shown.append((what, len(items), rest))
+        yield from items
     monkeypatch.setattr(example, "track", track)
     run(tmp_path, "--epochs", "2")
-    assert [row[:3] for row in shown if "epoch" in row[0]] == [
-        *[("epoch 1/2, step", 4, 4)] * 4, *[("epoch 2/2, step", 4, 0)] * 4]
-    assert shown[0][3].startswith(": loss 2.") and ", accuracy " in shown[0][3]
-    assert ("pixel by pixel:", 1024, 0, "") in shown and ("validation:", 1, 0, "") in shown
+    assert shown[:4] == [("epoch 1/2, step", 4, 4), ("validation, batch", 1, 0), ("epoch 2/2, step", 4, 0),
+                         ("validation, batch", 1, 0)] and ("pixel by pixel, batch", 1, 0) in shown
 
 
 # ---------------------------------------------------------------- several processes and models
-
-def test_shares_of_the_processes(monkeypatch):
-    args = SimpleNamespace(seed=3, batch_size=8)
-    indices = torch.arange(100, 136)
-    alone = example.draw_batches(args, 1, indices)
-    assert alone.shape == (4, 8) and not torch.equal(alone, example.draw_batches(args, 2, indices))
-    assert torch.equal(alone, example.draw_batches(args, 1, indices))
-    shares, masks = [], []
-    monkeypatch.setattr(example, "WORLD", 2)
-    for rank in range(2):
-        monkeypatch.setattr(example, "RANK", rank)
-        shares.append(example.draw_batches(args, 1, indices))
-        masks.append(torch.rand(4))
-    assert torch.equal(torch.cat(shares, 1), alone)          # each step has the same images
-    assert not torch.equal(*masks)
-
 
 def test_two_processes_give_the_weights_of_one(tmp_path):
     flags = ["--epochs", "2", "--dropout", "0"]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
+    command = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
                "example.py")
     process = start(tmp_path / "two", *flags, command=command)
     run(tmp_path / "one", *flags)
@@ -865,31 +715,11 @@ def test_amp_batch_norm_and_grayscale_train(tmp_path):
 
 
 def test_all_models_are_compared(tmp_path, capsys, monkeypatch):
-    """Each in a process of its own, which here is this one."""
-    def process(command):
-        assert command[:2] == [sys.executable, example.__file__]
-        example.main(command[2:])
-        return SimpleNamespace(returncode=0)
-    models = {"s4d": example.MODELS["s4d"], "here": {"layer": "nowhere.S4"}, "lru": example.MODELS["lru"]}
-    monkeypatch.setattr(example, "MODELS", models)           # it takes those whose files are there
-    monkeypatch.setattr(example.subprocess, "run", process)
+    monkeypatch.setattr(example, "MODELS", {name: example.MODELS[name] for name in ("s4d", "lru")})
     run(tmp_path, "--epochs", "2", "--model", "all")
-    output = capsys.readouterr().out
-    table = (tmp_path / "comparison.txt").read_text()
-    assert output.endswith(table)
-    rows = [line.split() for line in table.splitlines()[1:]]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
     assert [row[0] for row in rows] == ["s4d", "lru"]
     for name, parameters, accuracy, seconds in rows:
         result = json.loads((tmp_path / name / "result.json").read_text())
-        assert int(parameters) == result["parameters"] > 0
-        assert accuracy == f"{result['test_accuracy']:.2%}" and f"--- {name}" in output
-        assert seconds == f"{np.mean([row['seconds'] for row in result['history']]):.1f}"
-    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_comparison_stops_at_a_model_that_fails(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(example.subprocess, "run", lambda command: SimpleNamespace(returncode=1))
-    message = refusal(["--model", "all", "--out", tmp_path], capsys)
-    assert "s4 did not finish" in message and "--resume" in message
-    monkeypatch.setattr(example, "WORLD", 2)
-    assert "nor with torchrun" in refusal(["--model", "all"], capsys)
+        assert int(parameters) == result["parameters"] > 0 and float(seconds) >= 0
+        assert accuracy == f"{result['modes']['in parallel']:.2%}"
