@@ -98,26 +98,21 @@ def track(items, what, rest=0):
 
 
 # ---- data: images (n, 1024, channels) uint8, labels (n) ----
-def download(folder):
-    """Write FILES to a folder, the test images last."""
-    archive = folder.with_name("cifar-10.tar.gz")
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.hub.download_url_to_file(URL, archive, hash_prefix=SHA256)
-    with tarfile.open(archive) as tar:
-        for name in FILES:                              # only these, whatever else it holds
-            write(folder / name, tar.extractfile(f"{FOLDER}/{name}").read())
-    archive.unlink()
-
-
 def find_cifar(args):
     """The folder of CIFAR-10, downloaded if need be, or None for the built-in images."""
     folder = args.data_dir / FOLDER
+    archive = args.data_dir / "cifar-10.tar.gz"
     if (folder / FILES[-1]).exists():                   # written last: all are there
         return folder
     socket.setdefaulttimeout(20)
     for attempt in (1, 2, 3):
         try:
-            download(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL, archive, hash_prefix=SHA256)
+            with tarfile.open(archive) as tar:
+                for name in FILES:
+                    write(folder / name, tar.extractfile(f"{FOLDER}/{name}").read())
+            archive.unlink()
             return folder
         except Exception as error:                      # no network, another checksum, ...
             print(f"download failed, attempt {attempt} of 3: {error}", flush=True)
@@ -125,7 +120,6 @@ def find_cifar(args):
     if args.data == "cifar10" or WORLD > 1:     # processes must not choose differently
         sys.exit(f"no CIFAR-10 in {args.data_dir}, and the download failed")
     print("No CIFAR-10: training on the built-in images", flush=True)
-    return None
 
 
 def read_batches(folder, names):
@@ -219,8 +213,7 @@ class SequenceLayer(nn.Module):
             self.out = nn.Linear(d_model, 2 * d_model if activation == "glu" else d_model)
 
     def normalize(self, x):
-        """(b, l, h) -> (b, l, h), where every step counts as a sample."""
-        return self.norm(x.flatten(0, 1)).view_as(x)
+        return self.norm(x.flatten(0, 1)).view_as(x)        # every step is a sample
 
     def mask(self, y):
         """What dropout multiplies y (b, l, h) with: (b, 1, h)."""
@@ -295,10 +288,7 @@ class StackedSSM(nn.Module):
         return (y if self.pool else y[:, 0]), state
 
     def forward(self, x, state=None, *, rate=1.0, discrete=None):
-        """x (b, l, *d_input), state or None -> (b, *d_output), next state or None.
-
-        Without pool the output is (b, l, *d_output).
-        """
+        """x (b, l, *d_input) -> (b, *d_output) or, without pool, (b, l, *d_output)."""
         check(x.dim() > 1 and x.shape[2:] == self.d_input and x.shape[1] > 0,
               f"x is {tuple(x.shape)}: pass (b, l, *{tuple(self.d_input)})")
         states, total, count = state or ([None] * len(self.layers), 0, 0)
@@ -359,11 +349,8 @@ def set_learning_rates(optimizer, progress):
 
 
 def train_epoch(args, epoch, model, optimizer, images, labels, indices):
-    """Train on the images indices. Returns loss and accuracy of each step: (2, steps).
-
-    Random numbers follow from the seed and the epoch: a resumed run draws the same.
-    """
-    seed = args.seed * 10**6 + epoch
+    """Train on the images indices. Returns loss and accuracy of each step: (2, steps)."""
+    seed = args.seed * 10**6 + epoch                    # a resumed run draws the same
     torch.manual_seed(seed)                             # one order for all processes
     share = min(args.batch_size, len(indices)) // WORLD
     steps = len(indices) // (share * WORLD)
@@ -444,11 +431,10 @@ def train(args, net, images, labels, folder, saved):
     net.mean.copy_(sample.mean((0, 1)))
     net.std.copy_(sample.std((0, 1)))
     optimizer = torch.optim.AdamW(param_groups(net, args.lr, args.weight_decay))
-    history = []
+    history = saved["history"] if saved else []
     if saved:
         net.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        history = saved["history"]
     model = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.monotonic()
@@ -461,9 +447,9 @@ def train(args, net, images, labels, folder, saved):
         right = scores.argmax(1) == labels[validation]
         row["val_accuracy"] = right.float().mean().item()
         if not math.isfinite(row["train_loss"] + row["val_loss"]):
-            sys.exit(f"diverged: the loss of epoch {epoch} is not finite after step "
-                 f"{results[0].isfinite().sum()}. Start again with an --lr below "
-                 f"{args.lr:g}. What earlier epochs saved is kept.")
+            step = results[0].isfinite().sum()
+            sys.exit(f"diverged: the loss of epoch {epoch} is not finite after step {step}."
+                     f" Start again with --lr below {args.lr:g}. What is saved is kept.")
         history.append(row)
         if RANK == 0:
             save(args, net, optimizer, history, folder)
@@ -495,9 +481,8 @@ def compare_models(out):
     print("           model  parameters  test accuracy  s per epoch")
     for name in MODELS:
         result = json.loads((out / name / "result.json").read_text())
-        accuracy = result["modes"]["in parallel"]
-        seconds = result["seconds per epoch"]
-        print(f"{name:>16}{result['parameters']:>12}{accuracy:>15.2%}{seconds:>13.1f}")
+        print(f"{name:>16}{result['parameters']:>12}{result['modes']['in parallel']:>15.2%}"
+              f"{result['seconds per epoch']:>13.1f}")
 
 
 def at_least(low, kind=int):
@@ -554,8 +539,7 @@ def settle(argv):
     if not args.eval and not args.resume:
         sys.exit(f"{path} is of an earlier run: go on with --resume, or take another --out")
     saved = load(path)
-    parser.set_defaults(**saved["args"])
-    parser.set_defaults(model=args.model)
+    parser.set_defaults(**saved["args"] | {"model": args.model})
     args = parser.parse_args(argv)
     for name, before in saved["args"].items():
         now = getattr(args, name)
@@ -621,8 +605,7 @@ def main(argv):
         sys.stdout = open(os.devnull, "w")
     keep_freed_memory()
     try:
-        names = MODELS if args.model == "all" else [args.model]
-        for name in names:
+        for name in MODELS if args.model == "all" else [args.model]:
             run([*argv, "--model", name])
     except KeyboardInterrupt:
         sys.exit("\nStopped. With --resume, training goes on after the last whole epoch,\n"

@@ -1,16 +1,16 @@
 """example.py: its data, its network in every mode, and tiny runs of the command."""
 
 import csv
+import functools
 import hashlib
 import itertools
 import json
 import os
 import resource
-import socket
+import shutil
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,13 +26,14 @@ from s4 import S4  # noqa: E402
 from s4d import S4D  # noqa: E402
 
 SMALL = ["--d-model", "8", "--d-state", "4", "--n-layers", "1"]
-TINY = [*SMALL, "--data", "builtin", "--limit", "40", "--batch-size", "8", "--device", "cpu"]
-FEW = ["--eval-limit", "2"]
+TINY = [*SMALL, "--data", "builtin", "--limit", "40", "--batch-size", "8", "--device", "cpu",
+        "--eval-limit", "2"]
+draw = example.builtin_images
+example.builtin_images = functools.cache(draw)               # drawn once for all runs in this process
 
 
 def run(out, *flags):
-    """A run with a tiny network in this process."""
-    example.main([*TINY, *FEW, "--out", str(out), *flags])
+    example.main([*TINY, "--out", str(out), *flags])
 
 
 def refusal(argv, capsys):
@@ -46,43 +47,30 @@ def refusal(argv, capsys):
     return message
 
 
-def start(out, *flags, command=("example.py",)):
-    """The same in a process of its own."""
-    return subprocess.Popen([sys.executable, *command, *TINY, *FEW, "--out", str(out), *flags], cwd=ROOT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def finish(process):
-    """Wait for it, and return what it printed."""
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    return output
+def process(out, *flags, command=("example.py",)):
+    """The same in a process of its own. Returns what it printed."""
+    argv = [sys.executable, *command, *TINY, "--out", str(out), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(argv, cwd=ROOT, env=environment, timeout=120, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def load(path):
     return torch.load(path, weights_only=True)
 
 
-def same_weights(a, b):
-    """Whether two checkpoints hold the same weights, bit for bit."""
-    a, b = load(a)["model"], load(b)["model"]
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """One finished run of three epochs: its folder and what it printed."""
     out = tmp_path_factory.mktemp("trained")
-    return out / "s4d", finish(start(out, "--epochs", "3"))
+    return out / "s4d", process(out, "--epochs", "3")
 
 
 @pytest.fixture
 def copy(trained, tmp_path):
     """A copy of the folder of runs, to be changed."""
-    (tmp_path / "s4d").mkdir()
-    for path in trained[0].iterdir():
-        (tmp_path / "s4d" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(trained[0], tmp_path / "s4d")
     return tmp_path
 
 
@@ -93,15 +81,10 @@ def network(**options):
 
 # ---------------------------------------------------------------- data
 
-def test_builtin_images_come_from_the_seed_within_two_seconds():
-    begin = time.process_time()
-    images, labels = example.builtin_images(2500, 0)
-    assert time.process_time() - begin < 2
-    again, _ = example.builtin_images(2500, 0)
-    other, _ = example.builtin_images(2500, 1)
-    assert images.shape == (2500, 1024, 3) and images.dtype == np.uint8
-    assert np.array_equal(images, again) and not np.array_equal(images, other)
-    assert (np.bincount(labels) == 250).all()
+def test_builtin_images_come_from_the_seed():
+    images, labels = draw(500, 0)
+    assert images.shape == (500, 1024, 3) and images.dtype == np.uint8 and (np.bincount(labels) == 50).all()
+    assert np.array_equal(images, draw(500, 0)[0]) and not np.array_equal(images, draw(500, 1)[0])
 
 
 def test_builtin_images_need_more_than_neighbouring_pixels():
@@ -136,9 +119,8 @@ def write_cifar(folder, n=6):
 
 
 def arguments(data_dir, data="cifar10", **options):
-    return SimpleNamespace(**{"data": data, "data_dir": Path(data_dir), "limit": None,
-                              "grayscale": False, "seed": 0, "epochs": None,
-                              "batch_size": None, "device": "cpu", **options})
+    return SimpleNamespace(**{"data": data, "data_dir": data_dir, "limit": None, "grayscale": False, "seed": 0,
+                              "epochs": None, "batch_size": None, "device": "cpu", **options})
 
 
 def test_cifar_is_read_from_the_folder(tmp_path):
@@ -158,41 +140,34 @@ def test_a_file_with_fewer_records_says_how_many(tmp_path, capsys):
     records(2).tofile(folder / "data_batch_4.bin")
     assert len(example.load_data(arguments(tmp_path))[0]) == 26
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("/")[-1] for line in lines if "batch_3" in line or "batch_4" in line] == [
-        "data_batch_3.bin: 6 images", "data_batch_4.bin: 2 images"]
+    assert [line.split("/")[-1] for line in lines][2:4] == ["data_batch_3.bin: 6 images", "data_batch_4.bin: 2 images"]
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda path: path.unlink(), "missing"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "3073"),
-    (lambda path: path.write_bytes(b"\x0a" + path.read_bytes()[1:]), "labels"),
+@pytest.mark.parametrize("damage", [
+    Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    lambda path: path.write_bytes(b"\x0a" + path.read_bytes()[1:]),
 ])
-def test_damaged_files_are_named(tmp_path, damage, message):
-    path = write_cifar(tmp_path / example.FOLDER) / "data_batch_3.bin"
-    damage(path)
-    with pytest.raises(SystemExit) as error:
+def test_damaged_files_are_named(tmp_path, damage):
+    damage(write_cifar(tmp_path / example.FOLDER) / "data_batch_3.bin")
+    with pytest.raises(SystemExit, match="data_batch_3.bin is missing, or no records of 3073 bytes with labels"):
         example.load_data(arguments(tmp_path))
-    assert message in str(error.value) and "data_batch_3.bin" in str(error.value)
 
 
-def serve(monkeypatch, path):
-    """Have the example download this file, which is as it should be."""
+def serve(monkeypatch, folder):
+    """Have the example download an archive of the folder, and in it a file that points out of it."""
+    path = folder.parent / "cifar.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(folder, example.FOLDER)
+        tar.add(__file__, "../../evil.txt")
     monkeypatch.setattr(example.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(example, "URL", path.as_uri())
     monkeypatch.setattr(example, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
 
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
-    """An archive like CIFAR-10's, and in it a file that points out of the folder."""
-    folder = write_cifar(tmp_path / "source" / example.FOLDER, 200)
-    (tmp_path / "evil.txt").write_text("evil")
-    path = tmp_path / "cifar.tar.gz"
-    with tarfile.open(path, "w:gz") as tar:
-        tar.add(folder, example.FOLDER)
-        tar.add(tmp_path / "evil.txt", "../../evil.txt")
-    serve(monkeypatch, path)
-    return path
+    return serve(monkeypatch, write_cifar(tmp_path / "source" / example.FOLDER, 200))
 
 
 def test_download(archive, tmp_path):
@@ -200,20 +175,16 @@ def test_download(archive, tmp_path):
     (data_dir / example.FOLDER).mkdir(parents=True)          # an empty folder is no CIFAR-10
     images, *_ = example.load_data(arguments(data_dir, "auto"))
     assert len(images) == 1000
-    assert sorted(p.name for p in (tmp_path / "a").rglob("*") if p.is_file()) == sorted(
-        example.FILES)
+    assert {p.name for p in (tmp_path / "a").rglob("*") if p.is_file()} == {*example.FILES}
     assert [p.name for p in data_dir.iterdir()] == [example.FOLDER]
     archive.unlink()                                    # the second time it is there already
     assert len(example.load_data(arguments(data_dir))[0]) == 1000
 
 
 def test_a_download_that_was_killed_is_repeated(archive, tmp_path, monkeypatch):
-    written = []
-
     def killed(path, content):
-        if len(written) == 3:
+        if path.name == "data_batch_4.bin":
             raise KeyboardInterrupt
-        written.append(path)
         write(path, content)
     write = example.write
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -245,21 +216,12 @@ def test_the_third_attempt_may_succeed(archive, tmp_path, monkeypatch):
     assert len(example.load_data(arguments(tmp_path / "data"))[0]) == 1000
 
 
-@pytest.mark.parametrize("kind", ["a folder", "a link", "missing", "no archive"])
-def test_odd_archive(tmp_path, monkeypatch, capsys, kind):
+@pytest.mark.parametrize("odd", [Path.mkdir, lambda path: path.symlink_to("/etc/hostname"), lambda path: None])
+def test_odd_archive(tmp_path, monkeypatch, capsys, odd):
     folder = write_cifar(tmp_path / "source" / example.FOLDER)
-    odd = folder / "data_batch_2.bin"
-    odd.unlink()
-    if kind == "a folder":
-        odd.mkdir()
-    if kind == "a link":
-        odd.symlink_to("/etc/hostname")
-    path = tmp_path / "cifar.tar.gz"
-    with tarfile.open(path, "w:gz") as tar:
-        tar.add(folder, example.FOLDER)
-    if kind == "no archive":
-        path.write_bytes(b"<html>")
-    serve(monkeypatch, path)
+    (folder / "data_batch_2.bin").unlink()
+    odd(folder / "data_batch_2.bin")
+    serve(monkeypatch, folder)
     with pytest.raises(SystemExit, match="download failed"):
         example.load_data(arguments(tmp_path / "data"))
     assert "attempt 3 of 3: " in capsys.readouterr().out
@@ -267,9 +229,8 @@ def test_odd_archive(tmp_path, monkeypatch, capsys, kind):
 
 # ---------------------------------------------------------------- network
 
-OPTIONS = [{}, {"norm": "batch"}, {"prenorm": True}, {"norm": "batch", "prenorm": True},
-           {"activation": "gelu"}, {"activation": "half_glu1"}, {"activation": "half_glu2"},
-           {"activation": "none"}]
+OPTIONS = [{}, {"norm": "batch"}, {"prenorm": True}, {"norm": "batch", "prenorm": True}, {"activation": "gelu"},
+           {"activation": "half_glu1"}, {"activation": "half_glu2"}, {"activation": "none"}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -322,18 +283,9 @@ def test_dropout_is_tied_over_the_length_and_absent_in_evaluation():
 def test_video_in_and_out():
     net = example.StackedSSM(lambda h: S4D(h, 8), [4, 5, 3], (4, 5, 2), d_model=16, n_layers=1, pool=False)
     video = torch.randn(2, 7, 4, 5, 3)
-    y, _ = net(video)
-    assert y.shape == (2, 7, 4, 5, 2)
-    frame, _ = net.eval().step(video[:, 0], net.initial_state(2))
-    assert torch.allclose(frame, net(video)[0][:, 0], atol=1e-5)
-
-
-@pytest.mark.parametrize("activation", example.ACTIVATIONS)
-def test_no_tensor_on_the_wrong_device(activation):
-    net = network(activation=activation).train().to("meta")
-    net(torch.zeros(2, 40, 3, device="meta"))[0].sum().backward()
-    y, state = net.eval()(torch.zeros(2, 40, 3, device="meta"), net.initial_state(2))
-    assert net.step(torch.zeros(2, 3, device="meta"), state)[0].is_meta
+    y, _ = net.eval()(video)
+    frame, _ = net.step(video[:, 0], net.initial_state(2))
+    assert y.shape == (2, 7, 4, 5, 2) and torch.allclose(frame, y[:, 0], atol=1e-5)
 
 
 def test_param_groups():
@@ -350,8 +302,8 @@ def test_param_groups():
     assert of[ssm.C] == of[net.encoder.weight] == (0.01, 0.02)
     assert of[net.encoder.bias] == of[ssm.D] == (0.01, 0.0)
     s4 = S4(4, 4)                                            # whose D is a matrix (m, h), one row a channel
-    of = {p: group["weight_decay"] for group in example.param_groups(nn.Sequential(s4), 0.01, 0.02)
-          for p in group["params"]}
+    groups = example.param_groups(nn.Sequential(s4), 0.01, 0.02)
+    of = {p: group["weight_decay"] for group in groups for p in group["params"]}
     assert of[s4.D] == 0.0 and of[s4.C] == 0.02
 
 
@@ -368,17 +320,16 @@ def test_bad_options_are_refused(options, message):
 
 def test_input_of_another_shape_is_refused():
     net = network()
+    state = net.initial_state(2)
     for shape in ((2, 40, 1), (2, 40, 4), (2, 40), (2, 40, 3, 1), (2, 0, 3), (3,)):
-        with pytest.raises(ValueError, match=r"pass \(b, l, "):
+        with pytest.raises(ValueError, match=r"pass \(b, l, \*\(3,\)\)"):
             net(torch.randn(shape))
-    for shape in ((2, 1), (2, 40, 3), (3,)):
         with pytest.raises(ValueError, match=r"pass \(b, l, "):
-            net.step(torch.randn(shape), net.initial_state(2))
-    for shape in ((2, 40, 1), (2, 16), (2, 40, 16, 1)):
+            net.step(torch.randn(shape), state)
         with pytest.raises(ValueError, match=r"pass \(b, l, 16\)"):
             net.layers[0](torch.randn(shape))
     with pytest.raises(ValueError):
-        net(torch.randn(2, 2, 3), net.initial_state(2), discrete=net.discretize())
+        net(torch.randn(2, 2, 3), state, discrete=net.discretize())
 
 
 @pytest.mark.parametrize("model", example.MODELS)
@@ -391,13 +342,6 @@ def test_every_model_in_every_mode(model, tmp_path):
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
     for piece in (7, 1):
         assert torch.allclose(example.evaluate(args, net, x, "", piece), whole, atol=1e-4)
-
-
-@pytest.mark.parametrize("model, expected", [("s4d", (64, 4, "glu")), ("mamba", (16, 2, "none"))])
-def test_default_networks_have_about_200000_parameters(model, expected, tmp_path):
-    args, _ = example.settle(["--model", model, "--out", str(tmp_path)])
-    assert 160_000 < sum(p.numel() for p in example.build_network(args).parameters()) < 240_000
-    assert (args.d_state, args.n_layers, args.activation) == expected
 
 
 # ---------------------------------------------------------------- the command
@@ -420,9 +364,8 @@ def test_training_writes_everything(trained):
 
 def test_best_checkpoint_is_the_first_of_the_highest_accuracy(tmp_path, monkeypatch):
     """The network answers class 1 at epoch 1, class 2 at epoch 2, ...: at first no image is of it."""
-    epochs = iter(range(1, 100))
-    monkeypatch.setattr(example, "evaluate",
-                        lambda args, net, x, *_: torch.eye(10)[[next(epochs) % 10] * len(x)])
+    epochs = itertools.count(1)
+    monkeypatch.setattr(example, "evaluate", lambda args, net, x, *_: torch.eye(10)[[next(epochs) % 10] * len(x)])
     run(tmp_path, "--epochs", "10")
     history = load(tmp_path / "s4d" / "last.pt")["history"]
     accuracies = [row["val_accuracy"] for row in history]
@@ -438,55 +381,48 @@ def test_validation_images_do_not_depend_on_the_limit_and_are_not_trained_on(tmp
         trained_on.append(set(args[-1].tolist()))
         return train_epoch(*args)
 
-    def spy_evaluate(args, net, images, what, *more):
-        if what == "validation":
-            evaluated.append(images)
-        return evaluate(args, net, images, what, *more)
+    def spy_evaluate(args, net, images, *more):
+        evaluated.append(images)
+        return evaluate(args, net, images, *more)
     monkeypatch.setattr(example, "train_epoch", spy_train)
     monkeypatch.setattr(example, "evaluate", spy_evaluate)
     run(tmp_path, "--epochs", "1", "--limit", "21", "--seed", "3")
     run(tmp_path, "--epochs", "2", "--limit", "40", "--resume")
     images = torch.from_numpy(example.builtin_images(2000, 3)[0])
     assert torch.equal(evaluated[0], images[[0, 10, 20]])
-    assert torch.equal(evaluated[1], images[[0, 10, 20, 30]])
+    assert torch.equal(evaluated[6], images[[0, 10, 20, 30]])         # after one evaluation in five modes
     assert trained_on == [{*range(21)} - {0, 10, 20}, {*range(40)} - {0, 10, 20, 30}]
 
 
 def test_evaluation_of_a_checkpoint(trained, capsys):
     out, output = trained
     capsys.readouterr()
-    example.main(["--eval", str(out / "best.pt"), "--device", "cpu", *FEW])      # with its own settings
-    again = capsys.readouterr().out
-    for mode in ("in parallel", "in pieces of 300 pixels", "pixel by pixel", "rate 2", "rate 1"):
-        first, second = (next(line for line in text.splitlines() if mode in line) for text in (output, again))
-        assert first.split("%")[0] == second.split("%")[0]
-    for mode in ("in pieces of 300 pixels", "pixel by pixel"):
-        assert next(line for line in again.splitlines() if mode in line).split()[-1] == "0"
+    example.main(["--eval", str(out / "best.pt"), "--device", "cpu", "--eval-limit", "2"])      # with its own settings
+    rows = capsys.readouterr().out.splitlines()[-5:]
+    assert rows == output.splitlines()[-5:]
+    assert rows[1].split()[-1] == rows[4].split()[-1] == "0"                     # in pieces, pixel by pixel
     example.main(["--eval", str(out / "best.pt"), "--limit", "10", "--eval-limit", "1", "--device", "cpu"])
     table = capsys.readouterr().out
-    assert "10 for the test" in table
     assert [line.split("%")[1].split()[0] for line in table.splitlines() if "%" in line] == [*["10"] * 4, "1"]
 
 
 @pytest.mark.parametrize("name", ["best.pt", "last.pt", "result.json"])
 def test_killed_while_writing_and_resumed(trained, tmp_path, monkeypatch, name):
     """Killed in the middle of a file, of the second epoch where there is one."""
-    class Killed(BaseException):
-        pass
-
     replace, count = os.replace, itertools.count()
 
     def die(part, path):
-        if path.name == name and next(count) == (name not in ("best.pt", "result.json")):
-            raise Killed
+        if path.name == name and next(count) == (name == "last.pt"):
+            raise GeneratorExit
         replace(part, path)
     monkeypatch.setattr(os, "replace", die)
-    with pytest.raises(Killed):
+    with pytest.raises(GeneratorExit):
         run(tmp_path, "--epochs", "3")
     monkeypatch.setattr(os, "replace", replace)
     run(tmp_path, "--epochs", "3", "--resume")
-    assert same_weights(tmp_path / "s4d" / "last.pt", trained[0] / "last.pt")
-    assert same_weights(tmp_path / "s4d" / "best.pt", trained[0] / "best.pt")
+    for file in ("last.pt", "best.pt"):                      # bit for bit
+        torch.testing.assert_close(load(tmp_path / "s4d" / file)["model"], load(trained[0] / file)["model"],
+                                   rtol=0, atol=0)
     rows = list(csv.DictReader((tmp_path / "s4d" / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert len(json.loads((tmp_path / "s4d" / "result.json").read_text())["modes"]) == 5
@@ -503,15 +439,6 @@ def test_going_on_longer_lays_the_schedule_anew(copy, capsys, monkeypatch):
     assert len(checkpoint["history"]) == 4 and checkpoint["args"]["epochs"] == 4
     for group in checkpoint["optimizer"]["param_groups"]:
         assert group["lr"] == pytest.approx(group["initial_lr"] * (1 + np.cos(np.pi * 15 / 16)) / 2)
-
-
-def test_no_old_result_beside_a_run_that_goes_on(copy, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(example, "compare_modes", interrupted)
-    with pytest.raises(SystemExit, match="goes on after the last whole epoch"):
-        run(copy, "--epochs", "4", "--resume")
-    assert not (copy / "s4d" / "result.json").exists()
 
 
 def test_a_finished_run_says_so_and_shows_its_result(trained, capsys, monkeypatch):
@@ -535,18 +462,10 @@ def test_flags_that_contradict_the_checkpoint(trained, capsys, flags, values):
         assert f"{values} in {out / 'last.pt'}" in refusal(["--resume", "--out", out.parent, *flags], capsys)
 
 
-def test_going_on_is_no_evaluation(trained, capsys):
-    path = trained[0] / "best.pt"
-    assert "--epochs is 9 here, but 3 in" in refusal(["--epochs", "9", "--eval", path], capsys)
-    assert "not allowed with" in refusal(["--resume", "--eval", path], capsys)
-
-
-def test_resume_refuses_the_checkpoint_of_another_model(trained, tmp_path, capsys):
-    (tmp_path / "lru").mkdir()
-    path = tmp_path / "lru" / "last.pt"
-    path.write_bytes((trained[0] / "last.pt").read_bytes())
-    message = refusal(["--model", "lru", "--out", tmp_path, "--resume"], capsys)
-    assert f"--model is lru here, but s4d in {path}" in message
+def test_resume_refuses_the_checkpoint_of_another_model(copy, capsys):
+    (copy / "s4d").rename(copy / "lru")
+    message = refusal(["--model", "lru", "--out", copy, "--resume"], capsys)
+    assert f"--model is lru here, but s4d in {copy / 'lru' / 'last.pt'}" in message
 
 
 def test_a_new_run_does_not_overwrite_an_older_one(copy, capsys):
@@ -571,26 +490,16 @@ def test_interrupted_before_the_first_checkpoint(tmp_path, monkeypatch, capsys):
 
 def test_a_diverged_run_stops_and_writes_nothing(tmp_path, capsys):
     message = refusal([*TINY, "--out", tmp_path, "--lr", "1e9"], capsys)
-    assert "the loss of epoch 1 is not finite after step 1. Start again with an --lr below 1e+09" in message
+    assert "the loss of epoch 1 is not finite after step 1. Start again with --lr below 1e+09" in message
     assert not list((tmp_path / "s4d").iterdir())
 
 
-def test_a_run_that_diverges_later_keeps_its_checkpoint(copy, capsys):
-    path = copy / "s4d" / "last.pt"
-    checkpoint = load(path)
-    for group in checkpoint["optimizer"]["param_groups"]:
-        group["initial_lr"] = 1e9
-    torch.save(checkpoint, path)
-    before = {path: path.read_bytes() for path in path.parent.glob("*.pt")}
-    message = refusal(["--out", copy, "--resume", "--epochs", "9"], capsys)
-    assert "epoch 4 is not finite after step 1" in message and "saved is kept" in message
-    assert before == {path: path.read_bytes() for path in path.parent.glob("*.pt")}
-
-
-def test_validation_that_diverges_is_noticed(tmp_path, capsys, monkeypatch):
+def test_a_run_that_diverges_later_keeps_its_checkpoint(copy, capsys, monkeypatch):
     monkeypatch.setattr(example, "evaluate", lambda args, net, x, *_: torch.full((len(x), 10), float("inf")))
-    assert "is not finite after step 4" in refusal([*TINY, "--out", tmp_path], capsys)
-    assert not list((tmp_path / "s4d").iterdir())
+    before = {path: path.read_bytes() for path in (copy / "s4d").glob("*.pt")}
+    message = refusal(["--out", copy, "--resume", "--epochs", "9"], capsys)       # at the validation
+    assert "epoch 4 is not finite after step 4" in message and "What is saved is kept" in message
+    assert before == {path: path.read_bytes() for path in (copy / "s4d").glob("*.pt")}
 
 
 @pytest.mark.parametrize("damage", [
@@ -620,45 +529,19 @@ def test_disk_full(copy, capsys):
 
 def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "runs", Path("/proc")):
+    for out in (tmp_path / "file", Path("/proc")):
         assert f"{out / 's4d' / 'result.json'} could not be written: " in refusal([*TINY, "--out", out], capsys)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu(tmp_path, capsys):
-    message = refusal([*TINY, "--out", tmp_path, "--device", "cuda"], capsys)
-    assert "--device cuda: there is no GPU, try --device cpu" in message
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--epochs", "0"], "--epochs: 0: pass a number from 1"), (["--epochs", "2.5"], "--epochs: invalid number"),
-    (["--seed", "-1"], "number from 0"), (["--batch-size", "0"], "--batch-size"), (["--limit", "2"], "from 10"),
-    (["--lr", "nan"], "--lr"), (["--weight-decay", "inf"], "--weight"), (["--model", "transformer"], "--model"),
-    (["--norm", "none"], "--norm"), (["--dropout", "1.5"], "between 0 and 1, but got 1.5"),
-    (["--d-state", "3"], "even"), (["--n-layers", "0"], "pass positive numbers"),
-    (["--model", "gss", "--d-model", "6"], "--model gss cannot be built: "),
+    (["--limit", "2"], "from 10"), (["--lr", "nan"], "--lr: nan: pass"), (["--model", "transformer"], "--model"),
+    (["--dropout", "1.5"], "between 0 and 1, but got 1.5"), (["--d-state", "3"], "even"),
+    (["--model", "gss", "--d-model", "6"], "--model gss cannot be built: "), (["--device", "cuda"], "there is no GPU"),
 ])
-def test_bad_flags(flags, message, capsys, tmp_path):
+def test_bad_flags(flags, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert message in refusal(["--out", tmp_path, *flags], capsys)
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit) as end:
-        example.main(["--help"])
-    text = capsys.readouterr().out
-    assert end.value.code == 0 and text.startswith("usage")
-    choices = text[text.index("  --model {"):].split("}")[0].split("{")[1].split(",")
-    assert choices == [*example.MODELS, "all"]
-
-
-# ---------------------------------------------------------------- progress
-
-class Clock:
-    """A time that moves only when it is told to."""
-    now = 100.0
-
-    def monotonic(self):
-        return self.now
 
 
 @pytest.mark.parametrize("terminal, seconds, expected", [
@@ -666,8 +549,7 @@ class Clock:
     (True, 5, "step\033[K\r" + "".join(f"step {i}/12, {(20 - i) / 12:.1f} min left\033[K\r" for i in range(1, 13))),
 ])
 def test_progress_and_the_time_left(monkeypatch, capsys, terminal, seconds, expected):
-    clock = Clock()
-    capsys.readouterr()
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
     with monkeypatch.context() as patch:
         patch.setattr(example, "time", clock)
         patch.setattr(sys.stdout, "isatty", lambda: terminal)
@@ -688,18 +570,11 @@ def test_evaluation_and_training_show_progress(tmp_path, monkeypatch):
                          ("validation, batch", 1, 0)] and ("pixel by pixel, batch", 1, 0) in shown
 
 
-# ---------------------------------------------------------------- several processes and models
-
 def test_two_processes_give_the_weights_of_one(tmp_path):
     flags = ["--epochs", "2", "--dropout", "0"]
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
-               "example.py")
-    process = start(tmp_path / "two", *flags, command=command)
+    command = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "example.py")
+    process(tmp_path / "two", *flags, command=command)
     run(tmp_path / "one", *flags)
-    finish(process)
     two, one = load(tmp_path / "two" / "s4d" / "last.pt"), load(tmp_path / "one" / "s4d" / "last.pt")
     for key, value in one["model"].items():
         assert torch.allclose(two["model"][key], value, atol=1e-4), key
