@@ -80,15 +80,13 @@ def by_compiler(layer, u, **how):
     """The same by torch.compile in one graph; this back end traces both passes and generates no code."""
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, **how)
-    for b, l in ((2, 9), (1, 13)):                 # another length, another batch, from a state
-        v, x = signal(b, u.shape[1], l), random_state(layer, b)
-        assert all(error(got, expected) <= 1e-5 for got, expected in zip(both(compiled(v, x)), both(layer(v, x))))
-    return run(layer, compiled, u)
-
-
-def both(result):
-    """The output and the leaves of the state as one list."""
-    return [result[0], *leaves(result[1])]
+    result = run(layer, compiled, u)
+    with torch.no_grad():                          # another length and batch, with a state and without
+        for v, x in ((signal(2, u.shape[1], 5), None), (signal(1, u.shape[1], 7), random_state(layer, 1))):
+            (y, last), (expected, expected_last) = compiled(v, x), layer(v, x)
+            for got, want in zip([y, *leaves(last)], [expected, *leaves(expected_last)]):
+                assert error(got, want) <= 1e-5
+    return result
 
 
 FEATURES = {
