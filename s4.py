@@ -196,11 +196,7 @@ class S4(nn.Module):
             check(rank is None, f"{rank=}: mode diag has no low-rank part, pass None")
             Lambda = initial_diagonal(measure, copies, d_state)
             B = torch.ones_like(Lambda)
-        real = (-Lambda.real).clamp(min=1e-4)                   # it is 0 in legt and fout
-        if real_type == "exp":
-            real = real.log()
-        elif real_type == "relu":
-            real = (real - 1e-4).clamp(min=1e-4)
+        real = initial_real(Lambda, real_type)
         log_dt = math.log(dt_min) + torch.rand(h) * math.log(dt_max / dt_min)
         self.log_dt = nn.Parameter(log_dt)
         self.log_A_real = nn.Parameter(real.to(log_dt))
@@ -213,13 +209,7 @@ class S4(nn.Module):
         self.C = nn.Parameter(torch.randn(outputs, h, d_state // 2, 2) * 0.5 ** 0.5)
         self.D = nn.Parameter(torch.randn(channels, h))
         self.ssm_lr = learning_rates(self, lr)
-        width = d_model * gate if gate else channels * h
-        self.input_linear = nn.Linear(d_model, h) if bottleneck else None       # W_u
-        self.input_gate = nn.Linear(d_model, width) if gate else None           # W_v
-        self.output_gate = nn.Linear(channels * h, width) if gate else None     # W_y
-        self.output_linear = None                                               # W_o
-        if gate or bottleneck:
-            self.output_linear = nn.Linear(width, channels * d_model)
+        self._add_block(gate, bottleneck)
 
     def continuous(self, rate):
         """Lambda, P (None in mode diag), B, C complex128 and dt, for each feature."""
@@ -360,6 +350,16 @@ class S4(nn.Module):
             return A_bar * x
         return times(A_bar, x.double())
 
+    def _add_block(self, gate, bottleneck):
+        outputs = self.channels * self.h
+        width = self.d_model * gate if gate else outputs
+        self.input_linear = nn.Linear(self.d_model, self.h) if bottleneck else None     # W_u
+        self.input_gate = nn.Linear(self.d_model, width) if gate else None      # W_v
+        self.output_gate = nn.Linear(outputs, width) if gate else None          # W_y
+        self.output_linear = None                                               # W_o
+        if gate or bottleneck:
+            self.output_linear = nn.Linear(width, self.channels * self.d_model)
+
     def _enter(self, u):
         """W_u before the SSM, if there is a bottleneck: u (b, h, l) or (b, h)."""
         if self.input_linear is None:
@@ -408,6 +408,16 @@ def initial_nplr(measure, copies, n, rank):
 def alternate(a, b):
     """Features of a and b in turn: (.., h/2, n/2) each -> (.., h, n/2)."""
     return torch.stack([a, b], -2).flatten(-3, -2)
+
+
+def initial_real(Lambda, real_type):
+    """The parameter of -Re Lambda, which is 0 in legt and fout: there 1e-4."""
+    real = (-Lambda.real).clamp(min=1e-4)
+    if real_type == "exp":
+        return real.log()
+    if real_type == "relu":
+        return (real - 1e-4).clamp(min=1e-4)
+    return real
 
 
 def real_form(Lambda, P):

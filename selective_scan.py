@@ -15,17 +15,20 @@ where. A stays constant: in dt_k A, a selective dt makes it selective too (secti
 
 Why no convolution? The response to u_i at time k, C_k exp((dt_{i+1} + ... + dt_k) A) dt_i
 B_i, depends on all samples between. There is no one kernel. But two steps in a row,
-x -> a x + v and x -> a' x + v', are one, x -> a'a x + (a'v + v'): a scan, as in LRU.
+x -> a x + v and x -> a' x + v', are one, x -> a'a x + (a'v + v'). So blocks of steps can
+run side by side: scan_blocks.
 
-Why B_bar = dt B, and not zero-order hold? That is (exp(dt A) - 1) / A B, or dt B (1 +
-dt A / 2 + ...): for small dt they agree, and B_k is learned anyway.
+Why dt_k B_k, and not zero-order hold? That is (exp(dt A) - 1) / A B, or dt B (1 + dt A / 2
++ ...). They agree where dt |A| is small; elsewhere a trained B_k makes up for it, at one
+rate, so that another rate is approximate.
 
 Why does memory matter? The states (b, d, l, n) are n times as large as the input.
 "Hardware-aware" (section 3.3.2) means: compute them where they are used, and once more in
-the backward pass, rather than store them. selective_scan does that in plain PyTorch.
+the backward pass, rather than store them. selective_scan does that if they are many.
 
 Symbols: b batch, d features, n states (d_state), l length. u, dt, y, z (b, d, l);
-B, C (b, n, l); A (d, n); x (b, d, n); D (d). Inside the scans time comes first.
+B, C (b, n, l); A (d, n); x (b, d, n); D (d). Inside the scans time comes first, d last.
+rate is 1, or 2 for a signal with half as many samples.
 """
 
 import math
@@ -59,12 +62,11 @@ class SelectiveSSM(nn.Module):
         self.d, self.n, self.dt_rank = d_model, d_state, dt_rank
         self.x_proj = nn.Linear(d_model, dt_rank + 2 * d_state, bias=False)     # dt, B, C
         self.dt_proj = nn.Linear(dt_rank, d_model)
-        nn.init.uniform_(self.dt_proj.weight, -dt_rank ** -0.5, dt_rank ** -0.5)
         dt = torch.exp(math.log(dt_min) + torch.rand(d_model) * math.log(dt_max / dt_min))
         inverse_softplus = dt + torch.log(-torch.expm1(-dt))
         self.dt_proj.bias = nn.Parameter(inverse_softplus)
-        n = torch.arange(1.0, d_state + 1)
-        self.A_log = nn.Parameter(n.log().repeat(d_model, 1))       # A = -n, as S4D-Real
+        minus_A = torch.arange(1.0, d_state + 1)                # as S4D-Real
+        self.A_log = nn.Parameter(minus_A.log().repeat(d_model, 1))
         self.D = nn.Parameter(torch.ones(d_model))
         self.ssm_lr = {}
         if lr is not None:
@@ -115,14 +117,14 @@ class SelectiveSSM(nn.Module):
             check_state(state, (len(u), self.d, self.n))
         check(method in ("scan", "step"), f"{method=}: choose scan or step")
         A, rate = self.discretize(rate)
-        scan = selective_scan_seq                       # in double precision, as A is
+        scan = step_by_step                             # in double precision, as A is
         if method == "scan":
-            scan = selective_scan_fn
+            scan = selective_scan
             A = A.to(self.D.dtype)
         with full_precision(u):
             dt, B, C = self.select(u, rate)
-            y, last = scan(u, dt, A, B, C, self.D, initial_state=state,
-                           return_last_state=True)
+            y, last = selective_scan_fn(u, dt, A, B, C, self.D, initial_state=state,
+                                        return_last_state=True, scan=scan)
         return y, None if state is None else last.double()
 
 
@@ -208,8 +210,8 @@ def scan_blocks(dt, u, B, C, A, x, T=16):
     """The same in J blocks of T steps: all blocks at once, each from 0; then where each
     block really starts, one after the other; then all blocks at once again, from there.
 
-    Time is k = jT + i. Steps are slices made one at a time: what a step needs stays in the
-    cache. A division by the product of all decays would be shorter, but it underflows.
+    Time is k = jT + i. Slices made one at a time are faster than one large tensor. With P
+    the cumulative product of the decays, cumsum(v / P) P would be shorter, but P underflows.
     """
     l = len(u)
     T = min(T, l)
@@ -217,9 +219,9 @@ def scan_blocks(dt, u, B, C, A, x, T=16):
     dt, u, B, C = (F.pad(t, padding).unflatten(0, (-1, T)) for t in (dt, u, B, C))
     decays = [torch.exp(dt_i[:, :, None] * A) for dt_i in dt.unbind(1)]     # (J, b, n, d)
     inputs = []
-    for B_i, v_i in zip(B.unbind(1), (dt * u).unbind(1)):
-        inputs.append(B_i[..., None] * v_i[:, :, None])
-    end = inputs[0]
+    for B_i, dtu_i in zip(B.unbind(1), (dt * u).unbind(1)):
+        inputs.append(B_i[..., None] * dtu_i[:, :, None])
+    end = inputs[0]                                     # from x = 0
     for decay, v in zip(decays[1:], inputs[1:]):
         end = torch.addcmul(v, decay, end)              # (J, b, n, d)
     starts = []
@@ -236,8 +238,9 @@ def scan_blocks(dt, u, B, C, A, x, T=16):
 
 
 def selective_scan(dt, u, B, C, A, x, largest=2 ** 22):
-    """The same in groups of steps with at most `largest` states, one after the other. The
-    last two groups are kept for the backward pass, those before are computed once more."""
+    """The same in groups of steps with about `largest` states, one after the other. The last
+    two groups are kept for the backward pass, those before are computed once more: twice
+    `largest` fits into memory (three numbers for each state), and saves time."""
     l, b, d = u.shape
     group = max(16, largest // (b * d * len(A)) // 16 * 16)     # steps
     parts = [t.split(group) for t in (dt, u, B, C)]
