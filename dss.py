@@ -52,7 +52,7 @@ class DSS(nn.Module):
     version: softmax, as in (4), or exp, without normalization
     l_max: longest sequence of version softmax, in steps at rate 1; exp takes any length
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of Lambda
-    lr: learning rate of dt and Lambda, for the optimizer: see ssm_lr
+    lr: learning rate of dt and Lambda, stored in ssm_lr for the optimizer
     """
 
     def __init__(self, d_model, d_state=64, *, version="softmax", l_max=1024, dt_min=1e-3,
@@ -231,7 +231,7 @@ def last_state(u, B_bar, digits):
 
 
 def as_real(z):
-    """(.., n) complex as (.., 2n) real. Re(v w) is the product of v with w conjugate."""
+    """(.., n) complex as (.., 2n) real. Re sum_n v_n w_n = as_real(v) . as_real(w.conj())."""
     return torch.view_as_real(z.resolve_conj()).flatten(-2)
 
 

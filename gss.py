@@ -52,7 +52,7 @@ class GSS(nn.Module):
     measure: where A starts: diag-rand, or diag-lin (with smaller dt)
     train_B, train_dt: train B, which starts from 1, and dt
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
-    lr: learning rate of A, and of B and dt if trained, for the optimizer: see ssm_lr
+    lr: learning rate of A, and of B and dt if trained, stored in ssm_lr for the optimizer
     """
 
     def __init__(self, d_model, d_state=64, *, expand=4, bottleneck=4, gate=True,
@@ -233,7 +233,7 @@ def last_state(u, B_bar, digits):
 
 
 def as_real(z):
-    """(.., n) complex as (.., 2n) real. Re(v w) is the product of v with w conjugate."""
+    """(.., n) complex as (.., 2n) real. Re sum_n v_n w_n = as_real(v) . as_real(w.conj())."""
     return torch.view_as_real(z.resolve_conj()).flatten(-2)
 
 

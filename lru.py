@@ -12,15 +12,16 @@ discretization. LRU asks what of it is needed, and finds: a complex diagonal rec
 stable by construction, that starts near the unit circle, with a normalized input.
 
 Stable: lambda = exp(-exp(nu_log) + i exp(theta_log)), so |lambda| < 1 (section 3.3).
-Near the circle: |lambda|^2 starts uniform in (r_min^2, r_max^2), a ring (Lemma 3.2).
+Near the circle: |lambda|^2 starts uniform in (r_min^2, r_max^2), a ring (Lemma 3.2); by
+default the whole disk, for long sequences r_min near 1.
 Normalized: with white noise as input |x|^2 grows to 1 / (1 - |lambda|^2) if gamma is 1. So
 gamma starts as sqrt(1 - |lambda|^2), and is trained as exp(gamma_log) (section 3.4).
 
 Why no factor 2? The n numbers are independent, no conjugate pairs: the real part alone
 makes the output real.
 
-What does rate mean, without a step size? (1) is the zero-order hold of an equation
-x' = log(lambda) x + b u, sampled at step size 1. With step size rate it is
+What does rate mean, without a step size? Rate 2 is two steps of (1) with the same u: then
+lambda becomes lambda^2, and gamma B becomes (lambda + 1) gamma B. For any rate, likewise,
 
     x_k = A_bar x_{k-1} + B_bar u_k,    A_bar = lambda^rate,                       (2)
     B_bar = (lambda^rate - 1) / (lambda - 1) gamma B.
@@ -53,7 +54,7 @@ class LRU(nn.Module):
     d_model, d_state: h, and n
     r_min, r_max: |lambda| starts between these, 0 <= r_min < r_max <= 1
     max_phase: the phase of lambda starts between 0 and this, in radians per step
-    lr: learning rate of lambda, gamma and B, for the optimizer: see ssm_lr
+    lr: learning rate of lambda, gamma and B, stored in ssm_lr for the optimizer
     """
 
     def __init__(self, d_model, d_state=64, *, r_min=0.0, r_max=1.0, max_phase=6.283,
@@ -82,9 +83,10 @@ class LRU(nn.Module):
             raise ValueError(f"{rate=}: pass a positive number")
         check(self.D.dtype in (torch.float32, torch.float64),
               f"parameters are {self.D.dtype}: too coarse for A, use float32 and autocast")
-        # a phase just below 2 pi is a slow rotation backwards: log has Im in (-pi, pi)
-        theta = torch.remainder(self.theta_log.double().exp() + math.pi, 2 * math.pi)
-        log = torch.complex(-self.nu_log.double().exp(), theta - math.pi)
+        # a phase just below 2 pi is a slow rotation backwards: theta in [-pi, pi)
+        theta = self.theta_log.double().exp()
+        theta = torch.remainder(theta + math.pi, 2 * math.pi) - math.pi
+        log = torch.complex(-self.nu_log.double().exp(), theta)         # of lambda
         gain = self.gamma_log.double().exp() * torch.expm1(rate * log) / torch.expm1(log)
         B_bar = gain[:, None] * torch.view_as_complex(self.B.double())
         return torch.exp(rate * log), B_bar, torch.view_as_complex(self.C.double())
@@ -108,7 +110,7 @@ class LRU(nn.Module):
         """u (b, h, l), state (b, n) or None -> y (b, h, l), last state or None.
 
         rate: factor on the step size: 2.0 for a signal with half as many samples
-        method: scan, conv (by FFT) or step: the same numbers
+        method: scan, conv (of each state, by FFT) or step: the same numbers up to rounding
         Raises ValueError for a u, state, rate or method that does not fit.
         """
         self.check_input(u, 3, state)
@@ -147,18 +149,19 @@ def loop_scan(a, v, x):
 
 
 def linear_scan(a, v, x, T=32):
-    """The same by (3), in blocks of T steps: 2T steps for every factor T of the length.
+    """The same by (3), in J blocks of T steps: 2T steps or less for each of log_T(l) levels.
 
     First all blocks at once, each from 0: that combines the steps of a block to one,
     x -> a^T x + end. Where the blocks really start is then a scan of these ends, by this
-    function. Then all blocks at once again, from there. T is fixed: so a, rounded to the
-    precision of v, is multiplied T times at most, for a^T comes from double precision.
+    function, from x. Then all blocks at once again, from there. T is small: so a, rounded
+    to the precision of v, is multiplied T times at most, and a^T comes from double
+    precision. Of such T, 32 is the fastest, measured.
     """
     l = v.shape[1]
     if l < T:
         T = l                                           # one block
     if l % T > 0:
-        v = F.pad(v, (0, 0, 0, -l % T))                 # zeros at the end: a full block
+        v = F.pad(v, (0, 0, 0, (-l) % T))               # zeros at the end: a full block
     steps = v.unflatten(1, (-1, T)).unbind(2)           # T of (b, J, n)
     a_v = a.to(v.dtype)
     state = x[:, None].to(v.dtype)                      # (b, 1, n): where the first starts
@@ -166,7 +169,7 @@ def linear_scan(a, v, x, T=32):
         end = steps[0]
         for step in steps[1:]:
             end = torch.addcmul(step, a_v, end)
-        after = linear_scan(a ** T, end[:, :-1], x)
+        after = linear_scan(a ** T, end[:, :-1], x, T)
         state = torch.cat([state, after], 1)            # (b, J, n): where each starts
     states = []
     for step in steps:
@@ -179,14 +182,14 @@ def fft_scan(a, v, x):
     """The same by FFT: each state convolves its input with the powers of a."""
     l = v.shape[1]
     powers = torch.linalg.vander(a, N=l + 1).mT         # (l + 1, n)
-    K = powers[:l].to(v.dtype)
-    product = torch.fft.fft(v, 2 * l, dim=1) * torch.fft.fft(K, 2 * l, dim=0)
+    a_k = powers[:l].to(v.dtype)                        # 2 l: no wrap from end to beginning
+    product = torch.fft.fft(v, 2 * l, dim=1) * torch.fft.fft(a_k, 2 * l, dim=0)
     states = torch.fft.ifft(product, dim=1)[:, :l]
     return states + (powers[1:] * x[:, None]).to(v.dtype)
 
 
 def as_real(z):
-    """(.., n) complex as (.., 2n) real. Re(v w) is the product of v with w conjugate."""
+    """(.., n) complex as (.., 2n) real. Re sum_n v_n w_n = as_real(v) . as_real(w.conj())."""
     return torch.view_as_real(z.resolve_conj()).flatten(-2)
 
 
@@ -200,13 +203,14 @@ def full_precision(u):
 def ring(n, r_min, r_max, max_phase):
     """nu_log, theta_log, gamma_log (n) float64: lambda uniform in area on a ring.
 
-    |lambda|^2 = u (r_max^2 - r_min^2) + r_min^2 and phase = max_phase u' with u, u' uniform
-    in (0, 1), without the ends, where a logarithm would be infinite.
+    |lambda|^2 is uniform in (r_min^2, r_max^2), the phase in (0, max_phase), without the
+    very ends, where a logarithm would be infinite.
     """
-    u = 1e-6 + (1 - 2e-6) * torch.rand(2, n, dtype=torch.float64)
-    square = u[0] * (r_max ** 2 - r_min ** 2) + r_min ** 2
+    uniform = 1e-6 + (1 - 2e-6) * torch.rand(2, n, dtype=torch.float64)
+    square = uniform[0] * (r_max ** 2 - r_min ** 2) + r_min ** 2        # |lambda|^2
     nu = -0.5 * torch.log(square)
-    return torch.log(nu), torch.log(max_phase * u[1]), 0.5 * torch.log(1 - square)
+    phase = max_phase * uniform[1]
+    return torch.log(nu), torch.log(phase), 0.5 * torch.log(1 - square)
 
 
 def check(ok, message):

@@ -64,7 +64,7 @@ class LSSL(nn.Module):
     train_A: no, shared (one A and B for all features) or each (one for each feature)
     train_dt: train dt
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
-    lr: learning rate of A, B and dt, if trained, for the optimizer: see ssm_lr
+    lr: learning rate of A, B and dt, if trained, stored in ssm_lr for the optimizer
     """
 
     def __init__(self, d_model, d_state=64, *, measure="legs", alpha=0.5, channels=1,

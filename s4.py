@@ -125,11 +125,11 @@ def cauchy_kernel(Lambda, P, B, C, dt, l, exact):
         v = torch.view_as_complex(v)                            # (h, 2, i, k, nodes)
         return (s * v[:, 0] + v[:, 1]).permute(0, 3, 1, 2)
 
-    m, r = len(C), len(P)
+    m = len(C)
     sums = cauchy(torch.cat([C, P.conj()]), dt[:, None] * torch.cat([B[None], P]))
     CB, CP = sums[..., :m, :1], sums[..., :m, 1:]
     PB, PP = sums[..., m:, :1], sums[..., m:, 1:]
-    one = torch.eye(r, dtype=s.dtype, device=s.device)
+    one = torch.eye(len(P), dtype=s.dtype, device=s.device)
     K = CB - CP @ torch.linalg.solve(one + PP, PB)                      # (h, nodes, m, 1)
     K = torch.fft.irfft((1 + s / 2) * K[..., 0].permute(2, 0, 1), M)    # 2/(1+z) = 1 + s/2
     return (K * torch.exp(-log_q * k))[..., :l]
@@ -353,7 +353,9 @@ class S4(nn.Module):
     def _add_block(self, gate, bottleneck):
         outputs = self.channels * self.h
         width = self.d_model * gate if gate else outputs
-        self.input_linear = nn.Linear(self.d_model, self.h) if bottleneck else None     # W_u
+        self.input_linear = None                                                # W_u
+        if bottleneck:
+            self.input_linear = nn.Linear(self.d_model, self.h)
         self.input_gate = nn.Linear(self.d_model, width) if gate else None      # W_v
         self.output_gate = nn.Linear(outputs, width) if gate else None          # W_y
         self.output_linear = None                                               # W_o
@@ -583,7 +585,7 @@ def last_state(u, B_bar, digits):
 
 
 def as_real(z):
-    """(.., n) complex as (.., 2n) real. Re(v w) is the product of v with w conjugate."""
+    """(.., n) complex as (.., 2n) real. Re sum_n v_n w_n = as_real(v) . as_real(w.conj())."""
     return torch.view_as_real(z.resolve_conj()).flatten(-2)
 
 

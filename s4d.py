@@ -50,7 +50,7 @@ class S4D(nn.Module):
     disc: zoh (zero-order hold, as above) or bilinear
     real_random, imag_random: draw the real or the imaginary parts of A, see initial_A
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
-    lr: learning rate of dt and A, for the optimizer: see ssm_lr
+    lr: learning rate of dt and A, stored in ssm_lr for the optimizer
     """
 
     def __init__(self, d_model, d_state=64, *, measure="diag-lin", disc="zoh",
@@ -193,7 +193,7 @@ def last_state(u, B_bar, digits):
 
 
 def as_real(z):
-    """(.., n) complex as (.., 2n) real. Re(v w) is the product of v with w conjugate."""
+    """(.., n) complex as (.., 2n) real. Re sum_n v_n w_n = as_real(v) . as_real(w.conj())."""
     return torch.view_as_real(z.resolve_conj()).flatten(-2)
 
 

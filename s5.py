@@ -29,7 +29,7 @@ C x stands for 2 Re(C x). With conj_sym=False, p = n independent ones, and Re(C 
 
 Where it starts. Lambda are the eigenvalues of the normal part of HiPPO-LegS, of size
 n / blocks, once for each block. B and C are random, in the basis of its eigenvectors V:
-V^{-1} B and C V (paper, section 4).
+V^{-1} B = V* B and C V (paper, section 4).
 
 Free-running dynamics from a state: layer(torch.zeros(b, h, n_steps), state).
 
@@ -56,10 +56,10 @@ class S5(nn.Module):
     disc: zoh (zero-order hold, as above) or bilinear
     conj_sym: store one of each conjugate pair (n / blocks even)
     clip_eigs: use min(Re Lambda, -1e-4), so that training cannot make the system unstable
-    bidirectional: add C' x' with x'_k = A_bar x'_{k+1} + B_bar u_k; then without a state
+    bidirectional: add C_2 z, z_k = A_bar z_{k+1} + B_bar u_k; then without a state
     step_rescale: a constant factor on rate
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of Lambda
-    lr: learning rate of dt, Lambda and B, for the optimizer: see ssm_lr
+    lr: learning rate of dt, Lambda and B, stored in ssm_lr for the optimizer
     """
 
     def __init__(self, d_model, d_state=64, *, blocks=1, C_init="lecun_normal", disc="zoh",
@@ -146,7 +146,7 @@ class S5(nn.Module):
         """u (b, h, l), state (b, p) or None -> y (b, h, l), last state or None.
 
         rate: factor on the step size: 2.0 for a signal with half as many samples
-        method: scan, conv (by FFT) or step: the same numbers
+        method: scan, conv (of each state, by FFT) or step: the same numbers up to rounding
         Raises ValueError for a u, state, rate or method that does not fit.
         """
         if state is not None:
@@ -185,7 +185,7 @@ class S5(nn.Module):
               "state: pass one of the shape and type of initial_state()")
 
 
-# ---- all states at once, in three ways: a (n), v (b, l, n), x (b, n) -> (b, l, n) ----
+# ---- all states at once, in three ways: a (p), v (b, l, p), x (b, p) -> (b, l, p) ----
 
 def loop_scan(a, v, x):
     """The definition: x_k = a x_{k-1} + v_k from x_{-1} = x, in the precision of a."""
@@ -197,27 +197,28 @@ def loop_scan(a, v, x):
 
 
 def linear_scan(a, v, x, T=32):
-    """The same by (3), in blocks of T steps: 2T steps for every factor T of the length.
+    """The same by (3), in J blocks of T steps: 2T steps or less for each of log_T(l) levels.
 
     First all blocks at once, each from 0: that combines the steps of a block to one,
     x -> a^T x + end. Where the blocks really start is then a scan of these ends, by this
-    function. Then all blocks at once again, from there. T is fixed: so a, rounded to the
-    precision of v, is multiplied T times at most, for a^T comes from double precision.
+    function, from x. Then all blocks at once again, from there. T is small: so a, rounded
+    to the precision of v, is multiplied T times at most, and a^T comes from double
+    precision. Of such T, 32 is the fastest, measured.
     """
     l = v.shape[1]
     if l < T:
         T = l                                           # one block
     if l % T > 0:
-        v = F.pad(v, (0, 0, 0, -l % T))                 # zeros at the end: a full block
-    steps = v.unflatten(1, (-1, T)).unbind(2)           # T of (b, J, n)
+        v = F.pad(v, (0, 0, 0, (-l) % T))               # zeros at the end: a full block
+    steps = v.unflatten(1, (-1, T)).unbind(2)           # T of (b, J, p)
     a_v = a.to(v.dtype)
-    state = x[:, None].to(v.dtype)                      # (b, 1, n): where the first starts
+    state = x[:, None].to(v.dtype)                      # (b, 1, p): where the first starts
     if l > T:
         end = steps[0]
         for step in steps[1:]:
             end = torch.addcmul(step, a_v, end)
-        after = linear_scan(a ** T, end[:, :-1], x)
-        state = torch.cat([state, after], 1)            # (b, J, n): where each starts
+        after = linear_scan(a ** T, end[:, :-1], x, T)
+        state = torch.cat([state, after], 1)            # (b, J, p): where each starts
     states = []
     for step in steps:
         state = torch.addcmul(step, a_v, state)
@@ -228,15 +229,15 @@ def linear_scan(a, v, x, T=32):
 def fft_scan(a, v, x):
     """The same by FFT: each state convolves its input with the powers of a."""
     l = v.shape[1]
-    powers = torch.linalg.vander(a, N=l + 1).mT         # (l + 1, n)
-    K = powers[:l].to(v.dtype)
-    product = torch.fft.fft(v, 2 * l, dim=1) * torch.fft.fft(K, 2 * l, dim=0)
+    powers = torch.linalg.vander(a, N=l + 1).mT         # (l + 1, p)
+    a_k = powers[:l].to(v.dtype)                        # 2 l: no wrap from end to beginning
+    product = torch.fft.fft(v, 2 * l, dim=1) * torch.fft.fft(a_k, 2 * l, dim=0)
     states = torch.fft.ifft(product, dim=1)[:, :l]
     return states + (powers[1:] * x[:, None]).to(v.dtype)
 
 
 def as_real(z):
-    """(.., n) complex as (.., 2n) real. Re(v w) is the product of v with w conjugate."""
+    """(.., n) complex as (.., 2n) real. Re sum_n v_n w_n = as_real(v) . as_real(w.conj())."""
     return torch.view_as_real(z.resolve_conj()).flatten(-2)
 
 

@@ -211,7 +211,7 @@ def scan_blocks(dt, u, B, C, A, x, T=16):
     block really starts, one after the other; then all blocks at once again, from there.
 
     Time is k = jT + i. Slices made one at a time are faster than one large tensor. With P
-    the cumulative product of the decays, cumsum(v / P) P would be shorter, but P underflows.
+    the cumulative product of decays, cumsum(v / P) P would be shorter, but P underflows.
     """
     l = len(u)
     T = min(T, l)
@@ -238,9 +238,9 @@ def scan_blocks(dt, u, B, C, A, x, T=16):
 
 
 def selective_scan(dt, u, B, C, A, x, largest=2 ** 22):
-    """The same in groups of steps with about `largest` states, one after the other. The last
-    two groups are kept for the backward pass, those before are computed once more: twice
-    `largest` fits into memory (three numbers for each state), and saves time."""
+    """The same in groups of steps with about `largest` states, one after the other. The
+    last two groups are kept for the backward pass, which begins there, and those before
+    are computed once more: less memory for more time."""
     l, b, d = u.shape
     group = max(16, largest // (b * d * len(A)) // 16 * 16)     # steps
     parts = [t.split(group) for t in (dt, u, B, C)]

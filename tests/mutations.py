@@ -65,7 +65,7 @@ MUTATIONS = [
     ("s5", "eigenvalue 0", "Lambda = torch.where(Lambda == 0, 1e-12, Lambda)", "Lambda = Lambda", "tests/test_s5.py"),
     ("lru", "carries of rounded powers", "linear_scan(a ** T,", "linear_scan(a.to(v.dtype) ** T,",
      "tests/test_lru.py -k accuracy"),
-    ("lru", "ends of the blocks", "end[:, :-1], x)", "end[:, 1:], x)", "tests/test_modes.py -k lru"),
+    ("lru", "ends of the blocks", "end[:, :-1], x, T)", "end[:, 1:], x, T)", "tests/test_modes.py -k lru"),
     ("lru", "rate in gamma", "torch.expm1(rate * log) / torch.expm1(log)", "1", "tests/test_lru.py"),
     ("lru", "direct path D", "self.D[:, None], u.to(dtype)", "0 * self.D[:, None], u.to(dtype)",
      "tests/test_modes.py -k lru"),
