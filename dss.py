@@ -13,10 +13,10 @@ With step size dt, z = dt Lambda and zero-order hold, this is a recurrence and a
     K_k = Re sum_n C_n (e^{z_n} - 1) / Lambda_n e^{k z_n}.                         (3)
 
 What was wrong before. S4 says that memory needs the HiPPO matrix, which is not diagonal.
-DSS found that the eigenvalues of its normal part alone do as well: -1/2 + i w.
 
-The idea. For (3) to stay bounded for any sign of Re Lambda, each exponential is divided by
-its sum over the l_max steps that it is for, a softmax over time (paper, Proposition 1):
+The idea. The eigenvalues of its normal part alone, -1/2 + i w, do as well. For (3) to stay
+bounded for any sign of Re Lambda, each exponential is divided by its sum over the l_max
+steps that it is for, a softmax over time (paper, Proposition 1):
 
     K_k = Re sum_n W_n / Lambda_n e^{k z_n} / sum_{r < l_max} e^{r z_n}.           (4)
 
@@ -74,7 +74,8 @@ class DSS(nn.Module):
         self.ssm_lr = {"log_dt": lr, "Lambda_re": lr, "Lambda_im": lr}
 
     def discretize(self, rate=1.0):
-        """(2) at step size rate * dt: A_bar, B_bar, C, (h, n) complex128.
+        """(2) at step size rate * dt: A_bar, B_bar, C, (h, n) complex128; see also
+        softmax_weights.
 
         In double precision, because an error of A_bar grows k-fold in A_bar^k.
         """
@@ -126,8 +127,8 @@ class DSS(nn.Module):
     def forward(self, u, state=None, *, rate=1.0, method="conv"):
         """u (b, h, l), state (b, h, n) or None -> y (b, h, l), last state or None.
 
-        rate: factor on dt: 2.0 for a signal with half as many samples
-        method: conv is (4), step is (2): the same numbers
+        rate: factor on dt: 2.0 for the same signal sampled half as often
+        method: conv is (3), step is (2): the same numbers
         Raises ValueError for a u, state, rate or method that does not fit, and for more
         than l_max steps. Pieces that hand on the state are not counted together.
         """
@@ -170,7 +171,7 @@ class DSS(nn.Module):
               "state: pass one of the shape and type of initial_state()")
 
     def check_length(self, l, rate):
-        """The softmax is over l_max steps, at rate 1. (l (l_max / l) may round up.)"""
+        """The softmax is over l_max steps, at rate 1. 1e-9: l (l_max / l) may round up."""
         if self.version == "softmax" and l * rate > self.l_max * (1 + 1e-9):
             raise ValueError(f"{l=}: {rate=} times l is more than l_max = {self.l_max}; "
                              "raise l_max, or use version exp")
@@ -198,17 +199,18 @@ def softmax_weights(W, Lambda, z, l_max):
 def two_digits(A_bar, l, dtype):
     """A_bar^{jT} (h, J, n) and A_bar^i (h, T, n), whose products are all A_bar^k, k < l.
 
-    Time has two digits, k = jT + i, as with T = 10 the tens and the ones: about 3 sqrt(l)
-    powers take the place of l, and with matrix products no (h, n, l) array appears. In
-    double precision, with its larger memory, i itself has two digits, T = 8m.
+    Time has two digits, k = jT + i, as with T = 10 the tens and the ones: about 2.5 sqrt(l)
+    powers take the place of l, and with matrix products no (h, n, l) array appears.
+    i in turn is 8a + b, so that only m + 8 of the powers need double precision.
+    (n counts what is stored.)
     """
-    m = int(l ** 0.5) // 4 + 1
+    m = int(l ** 0.5) // 4 + 1                          # T = 8m, about 2 sqrt(l): fastest
     ones = torch.linalg.vander(A_bar, N=8).mT.contiguous()          # A_bar^i (h, 8, n)
     eights = torch.linalg.vander(ones[:, -1] * A_bar, N=m + 1).mT.contiguous()
     low = eights[:, :m, None].to(dtype) * ones[:, None].to(dtype)   # (h, m, 8, n)
     low = low.flatten(1, 2)[:, :l]                                  # (h, T, n)
     J = -(-l // low.shape[1])
-    high = torch.linalg.vander(eights[:, -1], N=J + 1).mT[:, :J]    # of A_bar^T
+    high = torch.linalg.vander(eights[:, -1], N=J + 1).mT[:, :J]    # N = 1 is an error
     return high.to(dtype).contiguous(), low
 
 
@@ -231,12 +233,12 @@ def last_state(u, B_bar, digits):
 
 
 def as_real(z):
-    """(.., n) complex as (.., 2n) real. Re sum_n v_n w_n = as_real(v) . as_real(w.conj())."""
+    """(.., n) complex as (.., 2n) real: Re(v w) is as_real(v) times as_real(w conj)."""
     return torch.view_as_real(z.resolve_conj()).flatten(-2)
 
 
 def fft_conv(u, K):
-    """y_k = sum_{i <= k} K_i u_{k-i}: u (b, h, l), K (h, l). l zeros keep the FFT, which
+    """y_k = sum_{i <= k} K_i u_{k-i}: u (.., l), K (.., l). l zeros keep the FFT, which
     convolves on a circle, from wrapping the end around to the beginning."""
     l = u.shape[-1]
     product = torch.fft.rfft(u, 2 * l) * torch.fft.rfft(K, 2 * l)
@@ -282,5 +284,5 @@ if __name__ == "__main__":
     for what, a, b in (("kernel, definition", layer.kernel(l), K),
                        ("convolution, recurrence", y, stepped),
                        ("whole, two pieces", y, torch.cat([first, second], -1)),
-                       ("all samples, every second at rate 2", full[..., 1::2], half)):
+                       ("rate 1, every second at rate 2: about", full[..., 1::2], half)):
         print(f"{what:<36} differ by {(a - b).abs().max() / b.abs().max():.1e}")

@@ -9,6 +9,8 @@ linear maps around it: its output is multiplied by a gate of h expand features.
 
     v = GELU(W_u u),    y = SSM(v),    o = W_o((W_y y) * GELU(W_v u))              (1)
 
+(and biases).
+
 The SSM drives n complex numbers for each of its channels, all independent as in dss.py:
 
     x_k = A_bar x_{k-1} + B_bar v_k,    y_k = Re(C x_k) + D v_k,                   (2)
@@ -49,7 +51,7 @@ class GSS(nn.Module):
     expand: the gate has h expand features
     bottleneck: the SSM has h / bottleneck channels
     gate: False leaves the gate out: o = W_o SSM(GELU(W_u u))
-    measure: where A starts: diag-rand, or diag-lin (with smaller dt)
+    measure: where A starts: diag-rand, or diag-lin (with dt_min=1e-3, dt_max=1e-1)
     train_B, train_dt: train B, which starts from 1, and dt
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
     lr: learning rate of A, and of B and dt if trained, stored in ssm_lr for the optimizer
@@ -131,7 +133,7 @@ class GSS(nn.Module):
     def forward(self, u, state=None, *, rate=1.0, method="conv"):
         """u (b, h, l), state (b, c, n) or None -> o (b, h, l), last state or None.
 
-        rate: factor on dt: 2.0 for a signal with half as many samples
+        rate: factor on dt: 2.0 for the same signal sampled half as often
         method: conv is (3), step is (2): the same numbers
         Raises ValueError for a u, state, rate or method that does not fit.
         """
@@ -189,8 +191,8 @@ class GSS(nn.Module):
 # ---- the linear maps, and powers of A_bar ----
 
 def channel_map(linear, u):
-    """A linear layer over the features of u (b, h) or (b, h, l): there as a convolution of
-    length 1, twice as fast as a matrix product, for which torch folds u with copies."""
+    """A linear layer over the features of u (b, h), or of u (b, h, l) as a convolution of
+    length 1: twice as fast as a matrix product, for which torch copies u."""
     u = u.to(linear.weight.dtype)
     if u.dim() == 2:
         return linear(u)
@@ -200,17 +202,18 @@ def channel_map(linear, u):
 def two_digits(A_bar, l, dtype):
     """A_bar^{jT} (h, J, n) and A_bar^i (h, T, n), whose products are all A_bar^k, k < l.
 
-    Time has two digits, k = jT + i, as with T = 10 the tens and the ones: about 3 sqrt(l)
-    powers take the place of l, and with matrix products no (h, n, l) array appears. In
-    double precision, with its larger memory, i itself has two digits, T = 8m.
+    Time has two digits, k = jT + i, as with T = 10 the tens and the ones: about 2.5 sqrt(l)
+    powers take the place of l, and with matrix products no (h, n, l) array appears.
+    i in turn is 8a + b, so that only m + 8 of the powers need double precision.
+    (n counts what is stored.)
     """
-    m = int(l ** 0.5) // 4 + 1
+    m = int(l ** 0.5) // 4 + 1                          # T = 8m, about 2 sqrt(l): fastest
     ones = torch.linalg.vander(A_bar, N=8).mT.contiguous()          # A_bar^i (h, 8, n)
     eights = torch.linalg.vander(ones[:, -1] * A_bar, N=m + 1).mT.contiguous()
     low = eights[:, :m, None].to(dtype) * ones[:, None].to(dtype)   # (h, m, 8, n)
     low = low.flatten(1, 2)[:, :l]                                  # (h, T, n)
     J = -(-l // low.shape[1])
-    high = torch.linalg.vander(eights[:, -1], N=J + 1).mT[:, :J]    # of A_bar^T
+    high = torch.linalg.vander(eights[:, -1], N=J + 1).mT[:, :J]    # N = 1 is an error
     return high.to(dtype).contiguous(), low
 
 
@@ -233,12 +236,12 @@ def last_state(u, B_bar, digits):
 
 
 def as_real(z):
-    """(.., n) complex as (.., 2n) real. Re sum_n v_n w_n = as_real(v) . as_real(w.conj())."""
+    """(.., n) complex as (.., 2n) real: Re(v w) is as_real(v) times as_real(w conj)."""
     return torch.view_as_real(z.resolve_conj()).flatten(-2)
 
 
 def fft_conv(u, K):
-    """y_k = sum_{i <= k} K_i u_{k-i}: u (b, h, l), K (h, l). l zeros keep the FFT, which
+    """y_k = sum_{i <= k} K_i u_{k-i}: u (.., l), K (.., l). l zeros keep the FFT, which
     convolves on a circle, from wrapping the end around to the beginning."""
     l = u.shape[-1]
     product = torch.fft.rfft(u, 2 * l) * torch.fft.rfft(K, 2 * l)
@@ -287,5 +290,5 @@ if __name__ == "__main__":
     for what, a, b in (("kernel, definition", layer.kernel(l), K),
                        ("convolution, recurrence", y, stepped),
                        ("whole, two pieces", y, torch.cat([first, second], -1)),
-                       ("all samples, every second at rate 2", full[..., 1::2], half)):
+                       ("rate 1, every second at rate 2: about", full[..., 1::2], half)):
         print(f"{what:<36} differ by {(a - b).abs().max() / b.abs().max():.1e}")

@@ -11,16 +11,17 @@ Each of the h features u(t) drives n states, x' = A x + B u, y = C x + D u. Samp
     x_k = A_bar x_{k-1} + B_bar u_k,    y_k = C x_k + D u_k,                       (1)
     y = K * u + D u,    K_k = C A_bar^k B_bar.                                     (2)
 
-What was wrong before. The HiPPO matrices, with which long memory works, are dense, and they
-cannot be diagonalized in floating point: the eigenvectors of HiPPO-LegS have entries that
-grow exponentially with n. So LSSL needs powers of dense matrices.
+What was wrong before. HiPPO-LegS, with which long memory works, is dense, and cannot be
+diagonalized in floating point: its eigenvectors have entries that grow exponentially with
+n. So LSSL takes powers of dense matrices, which cost n^3.
 
 The idea. HiPPO is normal plus low rank, and a normal matrix has orthogonal eigenvectors V:
 
     A = V (Lambda - P P*) V*,    r = rank of P = 1 or 2.                           (3)
 
 In that basis, in which A, B, C and x are from here on, (2) has a generating function by a
-geometric series, with the bilinear transform and s = 2 / dt (1 - z) / (1 + z):
+geometric series, with the bilinear transform, A_bar = (1 - dt/2 A)^{-1} (1 + dt/2 A),
+B_bar = (1 - dt/2 A)^{-1} dt B, and s = 2 / dt (1 - z) / (1 + z):
 
     sum_k K_k z^k = C (1 - z A_bar)^{-1} B_bar = 2 / (1 + z) C (s - A)^{-1} B.     (4)
 
@@ -29,7 +30,8 @@ R = (s - Lambda)^{-1} is diagonal, and the Woodbury identity leaves an r x r inv
     C (s - A)^{-1} B = CB - CP (1 + PP)^{-1} PB,                                   (5)
 
 with CB = C R B, CP = C R P, PB = P* R B, PP = P* R P: Cauchy sums over n. An inverse FFT
-takes (4) on a circle back to K.
+takes (4) on a circle back to K. For l > 32 n, and to start from a state x, which adds
+C A_bar^{k+1} x to y_k, powers of the dense A_bar are cheaper.
 
 Differs from the paper: the circle has a radius q < 1, with M >= l nodes and q^M = 1e-8.
 What the FFT adds to K_k is then q^M K_{k+M} + ..., nothing. On the unit circle, q = 1, the
@@ -37,8 +39,9 @@ parameter must be C (1 - A_bar^l), for one length and one rate. Here C is C.
 
 Why bilinear? (4) needs s - A alone, zero-order hold the exponential of a dense matrix.
 
-Why 2 Re? Eigenvalues come in conjugate pairs, and the second of a pair adds the conjugate
-of what the first adds. n/2 are stored. State and step use real numbers, [Re x; Im x].
+Why n/2? Eigenvalues come in conjugate pairs, and the second of a pair adds the conjugate
+of what the first adds: C x is 2 Re(C x). P P* mixes x with its conjugate, so state and step
+use real numbers, [Re x; Im x].
 
 Symbols: b batch, h features (d_model), n states (d_state), l length, m channels, r rank.
 u (b, h, l), y (b, m h, l); x (b, h, n); Lambda, B (h, n/2), P (r, h, n/2), C (m, h, n/2)
@@ -71,6 +74,7 @@ def hippo(measure, n):
     if measure == "legt":
         A = A.tril() + A.triu(1) * (-1) ** (i[:, None] - i)
         return A / 2, root / 2, torch.stack([root * even, root * (1 - even)]) / 2 ** 0.5
+    # fout
     B = 2 ** 0.5 * even
     B[0] = 1
     S = torch.diag((math.pi * (i // 2) * (1 - even))[1:], -1)
@@ -102,26 +106,26 @@ def cauchy_kernel(Lambda, P, B, C, dt, l, exact):
     """(4) and (5): K_0 ... K_{l-1}, (m, h, l) float64, from halves of conjugate pairs.
 
     exact: q^M = 2e-11 and M = 2l: rounding, amplified by q^{-k}, is then as small.
-    (5) subtracts numbers of size dt |P|^2. So K loses digits beyond dt of about 20, and
-    first the gradient of the tiny Re Lambda of fout: 2e-4 of it at dt = 150.
+    For fout (5) subtracts numbers of size dt |P|^2, and beyond dt = 20 K loses digits. At
+    dt = 150 the gradient of its tiny Re Lambda has a relative error of 2e-4.
     """
     M = 2 * l if exact else l
     log_q = math.log(2e-11 if exact else 1e-8) / M
     k = torch.arange(M, dtype=torch.float64, device=dt.device)
     j = k[:M // 2 + 1]
-    # z = exp(-x), x = -log q + 2 pi i j / M. So dt s = 2 tanh(x / 2): nothing cancels
+    # s is dt s of (4). z = exp(-x), x = -log q + 2 pi i j / M: s = 2 tanh(x / 2)
     s = 2 * torch.tanh(torch.complex(torch.full_like(j, -log_q), 2 * math.pi / M * j) / 2)
     w = dt[:, None] * Lambda                                            # (h, n/2)
     # v / (s - w) and its partner: 2 (s Re v - Re(v w*)) / (s^2 - 2 s Re w + |w|^2)
     square = w.real ** 2 + w.imag ** 2
     twice = -2 * w.real[..., None].to(s.dtype)
-    R = 1 / torch.addcmul(s ** 2 + square[..., None], s, twice)         # (h, n/2, nodes)
+    pair = 1 / torch.addcmul(s ** 2 + square[..., None], s, twice)      # (h, n/2, nodes)
 
     def cauchy(a, b):
         """sum_n a_n b_n / (s - w_n): a (i, h, n/2), b (k, h, n/2) -> (h, nodes, i, k)."""
         v = torch.einsum("ihn,khn->hikn", a, b)
         v = 2 * torch.stack([v.real, -(v * w[:, None, None].conj()).real], 1)
-        v = torch.einsum("hvikn,hnjc->hvikjc", v, torch.view_as_real(R))
+        v = torch.einsum("hvikn,hnjc->hvikjc", v, torch.view_as_real(pair))
         v = torch.view_as_complex(v)                            # (h, 2, i, k, nodes)
         return (s * v[:, 0] + v[:, 1]).permute(0, 3, 1, 2)
 
@@ -153,7 +157,7 @@ class S4(nn.Module):
     channels: m outputs for each feature: channel c of feature i is output c h + i
     bidirectional: add sum_{j >= 1} K'_{j-1} u_{k+j} with a second C; without a state
     gate, bottleneck: the block of gss.py: W_o((W_y SSM(GELU(W_u u))) * GELU(W_v u)), with
-        h gate features in the gate, and the SSM on h / bottleneck; or only one of the two
+        d_model * gate features in the gate, and the SSM on h = d_model / bottleneck
     l_max: the length over which disc dss normalizes; sequences may be longer
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
     lr: learning rate of dt, A and B for the optimizer: see ssm_lr; or a dict of these
@@ -222,13 +226,13 @@ class S4(nn.Module):
             real = real.exp()
         elif self.real_type == "relu":
             real = real.relu() + 1e-4
-        times = self.h // len(real)                             # of each of the copies
-        Lambda = torch.complex(-real, self.A_imag.double()).tile(times, 1)      # (h, n/2)
-        B = torch.view_as_complex(self.B.double()).tile(times, 1)
+        repeats = self.h // len(real)                           # of each of the copies
+        Lambda = torch.complex(-real, self.A_imag.double()).tile(repeats, 1)      # (h, n/2)
+        B = torch.view_as_complex(self.B.double()).tile(repeats, 1)
         C = torch.view_as_complex(self.C.double())              # (m, h, n/2)
         P = None
         if self.P is not None:
-            P = torch.view_as_complex(self.P.double()).tile(times, 1)   # (r, h, n/2)
+            P = torch.view_as_complex(self.P.double()).tile(repeats, 1)   # (r, h, n/2)
         return Lambda, P, B, C, rate * self.log_dt.double().exp()
 
     def discretize(self, rate=1.0):
@@ -278,7 +282,7 @@ class S4(nn.Module):
     def forward(self, u, state=None, *, rate=1.0, method="conv"):
         """u (b, h, l), state as initial_state(), or None -> y (b, m h, l), last state.
 
-        rate: factor on dt: 2.0 for a signal with half as many samples
+        rate: factor on dt: 2.0 for the same signal sampled half as often
         method: conv is (2), step is (1): the same numbers
         Raises ValueError for a u, state, rate or method that does not fit.
         """
@@ -304,8 +308,8 @@ class S4(nn.Module):
         if self.mode == "nplr" and l <= 32 * self.n and self.real_type != "none":
             exact = self.D.dtype == torch.float64
             return cauchy_kernel(*self.continuous(rate), l, exact)
-        # Matrix products are cheap: n^3 log l of them take less time than n l / 2 Cauchy
-        # terms, and much less memory, from 32 n steps on. And states may grow.
+        # Matrix products are fast: from 32 n steps on, n^3 log l operations in them take
+        # less time than n l / 2 Cauchy terms, and far less memory. Nor must states decay.
         A_bar, B_bar, C = self.discretize(rate)
         if self.mode == "nplr":
             low, high = squares(A_bar, l, A_bar.dtype)
@@ -487,12 +491,12 @@ def advance(powers, x, k):
     """A^k x by the binary digits of k: A, A^2, A^4, ..; x (b, h, n) -> (b, h, n)."""
     x = x.to(powers[0].dtype)
     for digit, A in enumerate(powers):
-        x = torch.stack([x, times(A, x)])[k >> digit & 1]
+        x = torch.stack([x, times(A, x)])[k >> digit & 1]       # compiles with any k
     return x
 
 
 def fft_conv(u, K):
-    """y_k = sum_{i <= k} K_i u_{k-i}: u (b, h, l), K (h, l). l zeros keep the FFT, which
+    """y_k = sum_{i <= k} K_i u_{k-i}: u (.., l), K (.., l). l zeros keep the FFT, which
     convolves on a circle, from wrapping the end around to the beginning."""
     l = u.shape[-1]
     product = torch.fft.rfft(u, 2 * l) * torch.fft.rfft(K, 2 * l)
@@ -552,17 +556,18 @@ def discretize_diagonal(A, B, C, dt, disc, rate, l_max):
 def two_digits(A_bar, l, dtype):
     """A_bar^{jT} (h, J, n) and A_bar^i (h, T, n), whose products are all A_bar^k, k < l.
 
-    Time has two digits, k = jT + i, as with T = 10 the tens and the ones: about 3 sqrt(l)
-    powers take the place of l, and with matrix products no (h, n, l) array appears. In
-    double precision, with its larger memory, i itself has two digits, T = 8m.
+    Time has two digits, k = jT + i, as with T = 10 the tens and the ones: about 2.5 sqrt(l)
+    powers take the place of l, and with matrix products no (h, n, l) array appears.
+    i in turn is 8a + b, so that only m + 8 of the powers need double precision.
+    (n counts what is stored.)
     """
-    m = int(l ** 0.5) // 4 + 1
+    m = int(l ** 0.5) // 4 + 1                          # T = 8m, about 2 sqrt(l): fastest
     ones = torch.linalg.vander(A_bar, N=8).mT.contiguous()          # A_bar^i (h, 8, n)
     eights = torch.linalg.vander(ones[:, -1] * A_bar, N=m + 1).mT.contiguous()
     low = eights[:, :m, None].to(dtype) * ones[:, None].to(dtype)   # (h, m, 8, n)
     low = low.flatten(1, 2)[:, :l]                                  # (h, T, n)
     J = -(-l // low.shape[1])
-    high = torch.linalg.vander(eights[:, -1], N=J + 1).mT[:, :J]    # of A_bar^T
+    high = torch.linalg.vander(eights[:, -1], N=J + 1).mT[:, :J]    # N = 1 is an error
     return high.to(dtype).contiguous(), low
 
 
@@ -585,7 +590,7 @@ def last_state(u, B_bar, digits):
 
 
 def as_real(z):
-    """(.., n) complex as (.., 2n) real. Re sum_n v_n w_n = as_real(v) . as_real(w.conj())."""
+    """(.., n) complex as (.., 2n) real: Re(v w) is as_real(v) times as_real(w conj)."""
     return torch.view_as_real(z.resolve_conj()).flatten(-2)
 
 
@@ -606,8 +611,8 @@ def learning_rates(layer, lr):
 
 
 def channel_map(linear, u):
-    """A linear layer over the features of u (b, h) or (b, h, l): there as a convolution of
-    length 1, twice as fast as a matrix product, for which torch folds u with copies."""
+    """A linear layer over the features of u (b, h), or of u (b, h, l) as a convolution of
+    length 1: twice as fast as a matrix product, for which torch copies u."""
     u = u.to(linear.weight.dtype)
     if u.dim() == 2:
         return linear(u)
@@ -638,5 +643,5 @@ if __name__ == "__main__":
     for what, a, b in (("kernel, definition", layer.kernel(l), torch.stack(K, -1).sum(1)),
                        ("convolution, recurrence", y, stepped),
                        ("whole, two pieces", y, torch.cat([first, second], -1)),
-                       ("all samples, every second at rate 2", full[..., 1::2], half)):
+                       ("rate 1, every second at rate 2: about", full[..., 1::2], half)):
         print(f"{what:<36} differ by {(a - b).abs().max() / b.abs().max():.1e}")

@@ -7,7 +7,7 @@ Each of the h features u(t) drives a linear system of its own, with n states:
 
     x'(t) = A x(t) + B u(t),    y(t) = C x(t) + D u(t).                            (1)
 
-If u is constant between samples dt apart (zero-order hold), this is the recurrence
+If u is u_k on the step of length dt that ends at sample k (zero-order hold), this is
 
     x_k = A_bar x_{k-1} + B_bar u_k,    y_k = C x_k + D u_k,                       (2)
     A_bar = exp(dt A),    B_bar = A^{-1} (A_bar - 1) B,
@@ -19,13 +19,13 @@ and unrolled, from x_{-1} = 0, a convolution with a kernel:
 Train with (3): the whole sequence at once, by FFT. Generate with (2): one sample at a
 time. They are one function, so a state can also enter and leave a convolution.
 
-What was wrong before. S4 takes for A the dense HiPPO matrix, and needs much algebra for
-its kernel. S4D keeps n eigenvalues alone. A is then a vector, and (3) is the product of
-C B_bar with the powers of A_bar, a Vandermonde matrix.
+What was wrong before. S4's HiPPO matrix is dense, normal plus low rank, and its kernel
+needs much algebra. S4D keeps the n eigenvalues of a normal part alone. A is then a vector,
+and (3) is the product of C B_bar with the powers of A_bar, a Vandermonde matrix.
 
-Why complex, and why 2 Re? The eigenvalues of a real matrix come in conjugate pairs, and
-the second of a pair adds the conjugate of what the first adds. So n/2 are stored, and
-C x stands for 2 Re(C x).
+Why complex, and why 2 Re? The eigenvalues of a real system come in conjugate pairs, as do
+B and C, and the second of a pair adds the conjugate of what the first adds. So n/2 are
+stored, and C x is to be read as 2 Re(C x), in (3) too.
 
 Why is B not trained? In (3) only the product C B_bar matters. B is 1.
 
@@ -47,7 +47,7 @@ class S4D(nn.Module):
 
     d_model, d_state: h, and n (even)
     measure: where A starts: diag-lin, diag-inv, diag-quad, diag-real or diag-legs
-    disc: zoh (zero-order hold, as above) or bilinear
+    disc: zoh (zero-order hold, as above) or bilinear (trapezoid rule in x, u_k throughout)
     real_random, imag_random: draw the real or the imaginary parts of A, see initial_A
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
     lr: learning rate of dt and A, stored in ssm_lr for the optimizer
@@ -63,7 +63,7 @@ class S4D(nn.Module):
         A = initial_A(measure, d_model, d_state, real_random, imag_random)      # (h, n/2)
         log_dt = math.log(dt_min) + torch.rand(d_model) * math.log(dt_max / dt_min)
         self.log_dt = nn.Parameter(log_dt)
-        self.log_A_real = nn.Parameter((-A.real).log().to(log_dt))      # keeps Re A < 0
+        self.log_A_real = nn.Parameter((-A.real).log().to(log_dt))      # of -Re A > 0
         self.A_imag = nn.Parameter(A.imag.to(log_dt))
         self.C = nn.Parameter(torch.randn(*A.shape, 2) * 0.5 ** 0.5)    # real, imaginary
         self.D = nn.Parameter(torch.randn(d_model))
@@ -113,7 +113,7 @@ class S4D(nn.Module):
     def forward(self, u, state=None, *, rate=1.0, method="conv"):
         """u (b, h, l), state (b, h, n/2) or None -> y (b, h, l), last state or None.
 
-        rate: factor on dt: 2.0 for a signal with half as many samples
+        rate: factor on dt: 2.0 for the same signal sampled half as often
         method: conv is (3), step is (2): the same numbers
         Raises ValueError for a u, state, rate or method that does not fit.
         """
@@ -141,7 +141,7 @@ class S4D(nn.Module):
             return y, None
         A_bar, B_bar, C = self.discretize(rate)
         digits = two_digits(A_bar, l, torch.view_as_complex(self.C).dtype)
-        # the state adds C A_bar^{k+1} x to y_k, and A_bar^l x to the last state
+        # the state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the last state
         y = y + vandermonde(C * A_bar * state, digits, l)
         return y, A_bar ** l * state + last_state(u, B_bar, digits)
 
@@ -160,17 +160,18 @@ class S4D(nn.Module):
 def two_digits(A_bar, l, dtype):
     """A_bar^{jT} (h, J, n) and A_bar^i (h, T, n), whose products are all A_bar^k, k < l.
 
-    Time has two digits, k = jT + i, as with T = 10 the tens and the ones: about 3 sqrt(l)
-    powers take the place of l, and with matrix products no (h, n, l) array appears. In
-    double precision, with its larger memory, i itself has two digits, T = 8m.
+    Time has two digits, k = jT + i, as with T = 10 the tens and the ones: about 2.5 sqrt(l)
+    powers take the place of l, and with matrix products no (h, n, l) array appears.
+    i in turn is 8a + b, so that only m + 8 of the powers need double precision.
+    (n counts what is stored.)
     """
-    m = int(l ** 0.5) // 4 + 1
+    m = int(l ** 0.5) // 4 + 1                          # T = 8m, about 2 sqrt(l): fastest
     ones = torch.linalg.vander(A_bar, N=8).mT.contiguous()          # A_bar^i (h, 8, n)
     eights = torch.linalg.vander(ones[:, -1] * A_bar, N=m + 1).mT.contiguous()
     low = eights[:, :m, None].to(dtype) * ones[:, None].to(dtype)   # (h, m, 8, n)
     low = low.flatten(1, 2)[:, :l]                                  # (h, T, n)
     J = -(-l // low.shape[1])
-    high = torch.linalg.vander(eights[:, -1], N=J + 1).mT[:, :J]    # of A_bar^T
+    high = torch.linalg.vander(eights[:, -1], N=J + 1).mT[:, :J]    # N = 1 is an error
     return high.to(dtype).contiguous(), low
 
 
@@ -193,12 +194,12 @@ def last_state(u, B_bar, digits):
 
 
 def as_real(z):
-    """(.., n) complex as (.., 2n) real. Re sum_n v_n w_n = as_real(v) . as_real(w.conj())."""
+    """(.., n) complex as (.., 2n) real: Re(v w) is as_real(v) times as_real(w conj)."""
     return torch.view_as_real(z.resolve_conj()).flatten(-2)
 
 
 def fft_conv(u, K):
-    """y_k = sum_{i <= k} K_i u_{k-i}: u (b, h, l), K (h, l). l zeros keep the FFT, which
+    """y_k = sum_{i <= k} K_i u_{k-i}: u (.., l), K (.., l). l zeros keep the FFT, which
     convolves on a circle, from wrapping the end around to the beginning."""
     l = u.shape[-1]
     product = torch.fft.rfft(u, 2 * l) * torch.fft.rfft(K, 2 * l)
@@ -215,7 +216,8 @@ def full_precision(u):
 def initial_A(measure, h, n, real_random=False, imag_random=False):
     """One eigenvalue of each conjugate pair (paper, section 4): (h, n/2) complex128.
 
-    real_random: -Re A uniform in (0, 1); imag_random: the index i uniform in (0, n/2)
+    real_random: -Re A uniform in (0, 1), in diag-real in (1, 1 + n/2)
+    imag_random: the index i uniform in (0, n/2)
     """
     check(n > 0 and n % 2 == 0, f"d_state={n}: pass an even number, 2 or more")
     check(not imag_random or measure not in ("diag-real", "diag-legs"),
@@ -268,5 +270,5 @@ if __name__ == "__main__":
     for what, a, b in (("kernel, definition", layer.kernel(l), K),
                        ("convolution, recurrence", y, stepped),
                        ("whole, two pieces", y, torch.cat([first, second], -1)),
-                       ("all samples, every second at rate 2", full[..., 1::2], half)):
+                       ("rate 1, every second at rate 2: about", full[..., 1::2], half)):
         print(f"{what:<36} differ by {(a - b).abs().max() / b.abs().max():.1e}")

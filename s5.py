@@ -145,7 +145,7 @@ class S5(nn.Module):
     def forward(self, u, state=None, *, rate=1.0, method="scan"):
         """u (b, h, l), state (b, p) or None -> y (b, h, l), last state or None.
 
-        rate: factor on the step size: 2.0 for a signal with half as many samples
+        rate: factor on the step size: 2.0 for the same signal sampled half as often
         method: scan, conv (of each state, by FFT) or step: the same numbers up to rounding
         Raises ValueError for a u, state, rate or method that does not fit.
         """
@@ -197,7 +197,7 @@ def loop_scan(a, v, x):
 
 
 def linear_scan(a, v, x, T=32):
-    """The same by (3), in J blocks of T steps: 2T steps or less for each of log_T(l) levels.
+    """The same by (3), in J blocks of T steps: at most 2T steps on each of log_T l levels.
 
     First all blocks at once, each from 0: that combines the steps of a block to one,
     x -> a^T x + end. Where the blocks really start is then a scan of these ends, by this
@@ -237,7 +237,7 @@ def fft_scan(a, v, x):
 
 
 def as_real(z):
-    """(.., n) complex as (.., 2n) real. Re sum_n v_n w_n = as_real(v) . as_real(w.conj())."""
+    """(.., n) complex as (.., 2n) real: Re(v w) is as_real(v) times as_real(w conj)."""
     return torch.view_as_real(z.resolve_conj()).flatten(-2)
 
 
@@ -311,5 +311,5 @@ if __name__ == "__main__":
     for what, a, b in (("scan, recurrence", y, stepped),
                        ("scan, convolution", y, convolved),
                        ("whole, two pieces", y, torch.cat([first, second], -1)),
-                       ("all samples, every second at rate 2", full[..., 1::2], half)):
+                       ("rate 1, every second at rate 2: about", full[..., 1::2], half)):
         print(f"{what:<36} differ by {(a - b).abs().max() / b.abs().max():.1e}")

@@ -28,7 +28,7 @@ the backward pass, rather than store them. selective_scan does that if they are 
 
 Symbols: b batch, d features, n states (d_state), l length. u, dt, y, z (b, d, l);
 B, C (b, n, l); A (d, n); x (b, d, n); D (d). Inside the scans time comes first, d last.
-rate is 1, or 2 for a signal with half as many samples.
+rate is 1, or 2 for the same signal sampled half as often.
 """
 
 import math
@@ -108,7 +108,7 @@ class SelectiveSSM(nn.Module):
     def forward(self, u, state=None, *, rate=1.0, method="scan"):
         """u (b, d, l), state (b, d, n) or None -> y (b, d, l), last state or None.
 
-        rate: factor on every dt_k: 2.0 for a signal with half as many samples
+        rate: factor on every dt_k: 2.0 for the same signal sampled half as often
         method: scan, or step, which is (1) as it stands: the same numbers
         Raises ValueError for a u, state, rate or method that does not fit.
         """
@@ -310,8 +310,8 @@ def time_first(t):
 
 
 def channel_map(linear, u):
-    """A linear layer over the features of u (b, h) or (b, h, l): there as a convolution of
-    length 1, twice as fast as a matrix product, for which torch folds u with copies."""
+    """A linear layer over the features of u (b, h), or of u (b, h, l) as a convolution of
+    length 1: twice as fast as a matrix product, for which torch copies u."""
     u = u.to(linear.weight.dtype)
     if u.dim() == 2:
         return linear(u)
@@ -356,5 +356,5 @@ if __name__ == "__main__":
     half, _ = layer(smooth[..., 1::2], rate=2.0)
     for what, a, b in (("scan, recurrence", y, stepped),
                        ("whole, two pieces", y, torch.cat([first, second], -1)),
-                       ("all samples, every second at rate 2", full[..., 1::2], half)):
+                       ("rate 1, every second at rate 2: about", full[..., 1::2], half)):
         print(f"{what:<36} differ by {(a - b).abs().max() / b.abs().max():.1e}")
