@@ -185,7 +185,7 @@ class S5(nn.Module):
               "state: pass one of the shape and type of initial_state()")
 
 
-# ---- all states at once, in three ways: a (p), v (b, l, p), x (b, p) -> (b, l, p) ----
+# ---- all states at once, in three ways, n stored: a (n), v (b, l, n), x (b, n) ----
 
 def loop_scan(a, v, x):
     """The definition: x_k = a x_{k-1} + v_k from x_{-1} = x, in the precision of a."""
@@ -210,15 +210,15 @@ def linear_scan(a, v, x, T=32):
         T = l                                           # one block
     if l % T > 0:
         v = F.pad(v, (0, 0, 0, (-l) % T))               # zeros at the end: a full block
-    steps = v.unflatten(1, (-1, T)).unbind(2)           # T of (b, J, p)
+    steps = v.unflatten(1, (-1, T)).unbind(2)           # T of (b, J, n)
     a_v = a.to(v.dtype)
-    state = x[:, None].to(v.dtype)                      # (b, 1, p): where the first starts
+    state = x[:, None].to(v.dtype)                      # (b, 1, n): where the first starts
     if l > T:
         end = steps[0]
         for step in steps[1:]:
             end = torch.addcmul(step, a_v, end)
         after = linear_scan(a ** T, end[:, :-1], x, T)
-        state = torch.cat([state, after], 1)            # (b, J, p): where each starts
+        state = torch.cat([state, after], 1)            # (b, J, n): where each starts
     states = []
     for step in steps:
         state = torch.addcmul(step, a_v, state)
@@ -229,7 +229,7 @@ def linear_scan(a, v, x, T=32):
 def fft_scan(a, v, x):
     """The same by FFT: each state convolves its input with the powers of a."""
     l = v.shape[1]
-    powers = torch.linalg.vander(a, N=l + 1).mT         # (l + 1, p)
+    powers = torch.linalg.vander(a, N=l + 1).mT         # (l + 1, n)
     a_k = powers[:l].to(v.dtype)                        # 2 l: no wrap from end to beginning
     product = torch.fft.fft(v, 2 * l, dim=1) * torch.fft.fft(a_k, 2 * l, dim=0)
     states = torch.fft.ifft(product, dim=1)[:, :l]
