@@ -166,17 +166,18 @@ class GSS(nn.Module):
             outputs.append(y_k)
         return torch.stack(outputs, -1), None if state is None else x
 
-    def _convolution(self, u, state, rate):
-        l = u.shape[-1]
-        D = F.pad(self.D[:, None], (0, l - 1))          # D u: an impulse at k = 0
-        y = fft_conv(u, self.kernel(l, rate) + D)       # (b, h, l)
-        if state is None:
-            return y, None
+    def _convolution(self, v, state, rate):
+        l = v.shape[-1]
         A_bar, B_bar, C = self.discretize(rate)
         digits = two_digits(A_bar, l, torch.view_as_complex(self.C).dtype)
-        # the state adds C A_bar^{k+1} x to y_k, and A_bar^l x to the last state
+        K = vandermonde(C * B_bar, digits, l)           # as kernel()
+        D = F.pad(self.D[:, None], (0, l - 1))          # D v: an impulse at k = 0
+        y = fft_conv(v, K + D)                          # (b, c, l)
+        if state is None:
+            return y, None
+        # the state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the last state
         y = y + vandermonde(C * A_bar * state, digits, l)
-        return y, A_bar ** l * state + last_state(u, B_bar, digits)
+        return y, A_bar ** l * state + last_state(v, B_bar, digits)
 
     def check_input(self, u, dims, state):
         """dims 2: u (b, h); dims 3: u (b, h, l); state (b, c, n) or None."""
@@ -207,7 +208,7 @@ def two_digits(A_bar, l, dtype):
     i in turn is 8a + b, so that only m + 8 of the powers need double precision.
     (n counts what is stored.)
     """
-    m = int(l ** 0.5) // 4 + 1                          # T = 8m, about 2 sqrt(l): fastest
+    m = max(1, int(l ** 0.5) // 4)                      # T = 8m, about 2 sqrt(l): fastest
     ones = torch.linalg.vander(A_bar, N=8).mT.contiguous()          # A_bar^i (h, 8, n)
     eights = torch.linalg.vander(ones[:, -1] * A_bar, N=m + 1).mT.contiguous()
     low = eights[:, :m, None].to(dtype) * ones[:, None].to(dtype)   # (h, m, 8, n)

@@ -133,8 +133,11 @@ def cauchy_kernel(Lambda, P, B, C, dt, l, exact):
     sums = cauchy(torch.cat([C, P.conj()]), dt[:, None] * torch.cat([B[None], P]))
     CB, CP = sums[..., :m, :1], sums[..., :m, 1:]
     PB, PP = sums[..., m:, :1], sums[..., m:, 1:]
-    one = torch.eye(len(P), dtype=s.dtype, device=s.device)
-    K = CB - CP @ torch.linalg.solve(one + PP, PB)                      # (h, nodes, m, 1)
+    if len(P) == 1:
+        K = CB - CP * PB / (1 + PP)                                     # (h, nodes, m, 1)
+    else:
+        one = torch.eye(len(P), dtype=s.dtype, device=s.device)
+        K = CB - CP @ torch.linalg.solve(one + PP, PB)
     K = torch.fft.irfft((1 + s / 2) * K[..., 0].permute(2, 0, 1), M)    # 2/(1+z) = 1 + s/2
     return (K * torch.exp(-log_q * k))[..., :l]
 
@@ -561,7 +564,7 @@ def two_digits(A_bar, l, dtype):
     i in turn is 8a + b, so that only m + 8 of the powers need double precision.
     (n counts what is stored.)
     """
-    m = int(l ** 0.5) // 4 + 1                          # T = 8m, about 2 sqrt(l): fastest
+    m = max(1, int(l ** 0.5) // 4)                      # T = 8m, about 2 sqrt(l): fastest
     ones = torch.linalg.vander(A_bar, N=8).mT.contiguous()          # A_bar^i (h, 8, n)
     eights = torch.linalg.vander(ones[:, -1] * A_bar, N=m + 1).mT.contiguous()
     low = eights[:, :m, None].to(dtype) * ones[:, None].to(dtype)   # (h, m, 8, n)
