@@ -461,7 +461,7 @@ def plot(path):
     ax.set(title=f"Forward pass of one layer, {h} features, batch 1\n{machine()}", xlabel="length l in steps",
            ylabel="time in ms")
     ax.grid(alpha=0.3)
-    ax.legend(loc="upper left", ncols=2)
+    ax.legend(loc="lower right", ncols=2)
     figure.savefig(path, dpi=100)
     print("wrote", path)
 
