@@ -120,7 +120,8 @@ class LRU(nn.Module):
         scan = {"scan": linear_scan, "conv": fft_scan, "step": loop_scan}[method]
         dtype = self.D.dtype
         with full_precision(u):
-            v = u.to(dtype).mT @ as_real(B_bar.mT).to(dtype)            # (b, l, 2n)
+            B = as_real(B_bar.mT).to(dtype).expand(len(u), -1, -1)      # (b, h, 2n)
+            v = torch.bmm(u.to(dtype).mT, B)        # (b, l, 2n); @ would copy u
             v = torch.view_as_complex(v.unflatten(-1, (-1, 2)))         # (b, l, n)
             x = scan(A_bar, v, start)
             y = as_real(C.conj()).to(dtype) @ as_real(x).to(dtype).mT   # (b, h, l)

@@ -189,12 +189,12 @@ def squares(A_bar, l, dtype):
     """A_bar, A_bar^2, A_bar^4, ... (h, n, n), in two lists: below A_bar^T, and from it on.
 
     Time has two digits, k = jT + i, as with T = 10 the tens and the ones. T, about
-    4 sqrt(l), and J are powers of 2: each A_bar^i and each A_bar^{jT} multiplies squares.
+    2 sqrt(l), and J are powers of 2: each A_bar^i and each A_bar^{jT} multiplies squares.
     """
     powers = [A_bar]
     while 2 ** len(powers) < l:
         powers.append(powers[-1] @ powers[-1])
-    half = len(powers) // 2 + 2                         # T = 2^half
+    half = len(powers) // 2 + 1                         # T = 2^half
     powers = [A.to(dtype) for A in powers]
     return powers[:half], powers[half:]
 

@@ -2,9 +2,7 @@
 
     Gu, Goel, Re: Efficiently Modeling Long Sequences with Structured State Spaces (2021),
     arXiv 2111.00396.                                 Try it: python s4.py
-    Gu, Johnson, Timalsina, Rudra, Re: How to Train Your HiPPO (2022), arXiv 2206.12037
-    Gu, Gupta, Goel, Re: On the Parameterization and Initialization of Diagonal State
-    Space Models (2022), arXiv 2206.11893
+    The options: How to Train Your HiPPO (2022), arXiv 2206.12037, and S4D, 2206.11893.
 
 Each of the h features u(t) drives n states, x' = A x + B u, y = C x + D u. Sampled:
 
@@ -171,7 +169,14 @@ class S4(nn.Module):
                  real_type="exp", rank=None, n_ssm=None, channels=1, bidirectional=False,
                  gate=None, bottleneck=None, l_max=None, dt_min=1e-3, dt_max=1e-1, lr=1e-3):
         super().__init__()
+        check(d_state > 0 and d_state % 2 == 0,
+              f"{d_state=}: pass an even number, 2 or more")
         check(mode in ("nplr", "diag"), f"{mode=}: choose nplr or diag")
+        discs = ["bilinear"] if mode == "nplr" else ["zoh", "bilinear", "dss"]
+        disc = disc or discs[0]
+        check(disc in discs, f"{disc=}: mode {mode} has {discs}")
+        check(disc != "dss" or l_max is not None and real_type != "none",
+              f"{l_max=}, {real_type=}: disc dss needs a length, and Re Lambda < 0")
         check(real_type in ("exp", "relu", "none"),
               f"{real_type=}: choose exp, relu or none")
         check(channels > 0, f"{channels=}: pass a positive number")
@@ -180,33 +185,23 @@ class S4(nn.Module):
               f"{bottleneck=}: pass None or a divisor of d_model = {d_model}")
         check(0 < dt_min <= dt_max < math.inf,
               f"{dt_min=}, {dt_max=}: pass 0 < dt_min <= dt_max")
-        if disc is None:
-            disc = "bilinear" if mode == "nplr" else "zoh"
-        check(disc == "bilinear" or mode == "diag" and disc in ("zoh", "dss"),
-              f"{disc=}: mode {mode} has bilinear, mode diag also zoh and dss")
-        check(disc != "dss" or l_max is not None, f"{l_max=}: disc dss needs a length")
-        check(disc != "dss" or real_type != "none",
-              f"{real_type=}: disc dss needs Re Lambda < 0, see dss.py")
         h = d_model // (bottleneck or 1)
-        parts = 2 if measure in ("hippo", "diag") else 1        # on alternating features
-        check(h % parts == 0, f"{measure=}: pass an even number of features, not {h}")
         copies = h if n_ssm is None else n_ssm
-        check(copies > 0 and h % copies == 0 and copies % parts == 0,
-              f"{n_ssm=}: pass a divisor of {h} that is a multiple of {parts}")
+        check(copies > 0 and h % copies == 0, f"{n_ssm=}: pass a divisor of {h}")
+        check(copies % 2 == 0 or measure not in ("hippo", "diag"),
+              f"{measure=}, {n_ssm=}: alternates, pass even numbers of features and n_ssm")
         self.d_model, self.h, self.n, self.channels = d_model, h, d_state, channels
         self.mode, self.disc, self.real_type, self.l_max = mode, disc, real_type, l_max
         self.bidirectional = bidirectional
-
         if mode == "nplr":
             Lambda, P, B = initial_nplr(measure, copies, d_state, rank)
         else:
             check(rank is None, f"{rank=}: mode diag has no low-rank part, pass None")
             Lambda = initial_diagonal(measure, copies, d_state)
             B = torch.ones_like(Lambda)
-        real = initial_real(Lambda, real_type)
         log_dt = math.log(dt_min) + torch.rand(h) * math.log(dt_max / dt_min)
         self.log_dt = nn.Parameter(log_dt)
-        self.log_A_real = nn.Parameter(real.to(log_dt))
+        self.log_A_real = nn.Parameter(initial_real(Lambda, real_type).to(log_dt))
         self.A_imag = nn.Parameter(Lambda.imag.to(log_dt))
         self.P = None
         if mode == "nplr":
@@ -216,7 +211,7 @@ class S4(nn.Module):
         self.C = nn.Parameter(torch.randn(outputs, h, d_state // 2, 2) * 0.5 ** 0.5)
         self.D = nn.Parameter(torch.randn(channels, h))
         self.ssm_lr = learning_rates(self, lr)
-        self._add_block(gate, bottleneck)
+        add_block(self, gate, bottleneck)
 
     def continuous(self, rate):
         """Lambda, P (None in mode diag), B, C complex128 and dt, for each feature."""
@@ -257,7 +252,6 @@ class S4(nn.Module):
     def initial_state(self, batch_size):
         """x_{-1} = 0: (b, h, n) float64, for rounding adds up over the steps; in mode diag
         (b, h, n/2) complex128. Of the SSM's h / bottleneck features."""
-        check(not self.bidirectional, "bidirectional=True: it has no state, pass False")
         x = torch.zeros(batch_size, self.h, self.n, dtype=torch.float64,
                         device=self.D.device)
         return x if self.mode == "nplr" else torch.complex(*x.chunk(2, -1))
@@ -269,10 +263,10 @@ class S4(nn.Module):
         """
         self.check_input(u, 2, state)
         A_bar, B_bar, C = discrete or self.discretize(rate)
-        v = self._enter(u)
-        x = self._advance(A_bar, state) + B_bar * v[..., None]                  # (b, h, n)
+        v = enter_block(self, u)
+        x = times(A_bar, state.to(A_bar.dtype)) + B_bar * v[..., None]          # (b, h, n)
         y = torch.einsum("mhn,bhn->bmh", C, x).real + self.D * v[:, None]       # (b, m, h)
-        return self._leave(y.flatten(1), u), x
+        return leave_block(self, y.flatten(1), u), x
 
     def kernel(self, l, rate=1.0):
         """(2), of the SSM alone: K_0 ... K_{l-1}, (m h, l). Bidirectional: (2 m h, l), the
@@ -293,10 +287,10 @@ class S4(nn.Module):
         check(method in ("conv", "step"), f"{method=}: choose conv or step")
         if method == "step":
             return self._recurrence(u, state, rate)
-        v = self._enter(u)                              # (b, h, l)
+        v = enter_block(self, u)                        # (b, h, l)
         with full_precision(u):
             y, last = self._convolution(v.to(self.D.dtype), state, rate)
-        return self._leave(y, u), last
+        return leave_block(self, y, u), last
 
     def _recurrence(self, u, state, rate):
         x = self.initial_state(len(u)) if state is None else state
@@ -314,11 +308,9 @@ class S4(nn.Module):
         # Matrix products are fast: from 32 n steps on, n^3 log l operations in them take
         # less time than n l / 2 Cauchy terms, and far less memory. Nor must states decay.
         A_bar, B_bar, C = self.discretize(rate)
-        if self.mode == "nplr":
-            low, high = squares(A_bar, l, A_bar.dtype)
-            return response(C, low, high, B_bar[None])[0, ..., :l]      # (m, h, l)
-        digits = two_digits(A_bar, l, torch.view_as_complex(self.C).dtype)
-        return vandermonde(C * B_bar, digits, l)
+        dtype = torch.float64 if self.mode == "nplr" else self.D.dtype
+        low, high = squares(A_bar, l, dtype)
+        return response(C, low, high, B_bar[None])[0, ..., :l]          # (m, h, l)
 
     def _convolution(self, u, state, rate):
         l = u.shape[-1]
@@ -326,7 +318,11 @@ class S4(nn.Module):
         if state is None:
             K = self._kernel(l, rate).to(u.dtype)
         else:
-            K, answer, last = self._respond(u, state, rate)
+            A_bar, B_bar, C = self.discretize(rate)
+            low, high = squares(A_bar, l, u.dtype)
+            x = times(A_bar, state.to(A_bar.dtype))     # it meets C at k = 0
+            answers = response(C, low, high, torch.cat([B_bar[None], x]))[..., :l]
+            K = answers[0]                              # K is the answer to B_bar
         D = F.pad(self.D[..., None], (0, l - 1))        # D u: an impulse at k = 0
         y = fft_conv(u[:, None], K[:m] + D)             # (b, m, h, l)
         if self.bidirectional:
@@ -334,54 +330,9 @@ class S4(nn.Module):
             y = y + F.pad(future[..., 1:], (0, 1))      # one step later
         if state is None:
             return y.flatten(1, 2), None
-        return (y + answer).flatten(1, 2), last
-
-    def _respond(self, u, state, rate):
-        """K (m, h, l), what the state adds to y (b, m, h, l), and the last state."""
-        l = u.shape[-1]
-        A_bar, B_bar, C = self.discretize(rate)
-        x = self._advance(A_bar, state)                 # it meets C at k = 0
-        if self.mode == "diag":
-            digits = two_digits(A_bar, l, torch.view_as_complex(self.C).dtype)
-            answer = vandermonde(C * x[:, None], digits, l)
-            last = A_bar ** l * state + last_state(u, B_bar, digits)
-            return vandermonde(C * B_bar, digits, l), answer, last
-        low, high = squares(A_bar, l, u.dtype)
-        answers = response(C, low, high, torch.cat([B_bar[None], x]))[..., :l]
+        y = y + answers[1:]
         last = advance(low + high, x, l - 1) + state_of_input(u, B_bar, low, high)
-        return answers[0], answers[1:], last.double()   # K is the answer to B_bar
-
-    def _advance(self, A_bar, x):
-        """A_bar x for a state x."""
-        if self.mode == "diag":
-            return A_bar * x
-        return times(A_bar, x.double())
-
-    def _add_block(self, gate, bottleneck):
-        outputs = self.channels * self.h
-        width = self.d_model * gate if gate else outputs
-        self.input_linear = None                                                # W_u
-        if bottleneck:
-            self.input_linear = nn.Linear(self.d_model, self.h)
-        self.input_gate = nn.Linear(self.d_model, width) if gate else None      # W_v
-        self.output_gate = nn.Linear(outputs, width) if gate else None          # W_y
-        self.output_linear = None                                               # W_o
-        if gate or bottleneck:
-            self.output_linear = nn.Linear(width, self.channels * self.d_model)
-
-    def _enter(self, u):
-        """W_u before the SSM, if there is a bottleneck: u (b, h, l) or (b, h)."""
-        if self.input_linear is None:
-            return u
-        return F.gelu(channel_map(self.input_linear, u))
-
-    def _leave(self, y, u):
-        """The gate and W_o after the SSM, if there are any: y (b, m h, l) or (b, m h)."""
-        if self.input_gate is not None:
-            y = channel_map(self.output_gate, y) * F.gelu(channel_map(self.input_gate, u))
-        if self.output_linear is not None:
-            y = channel_map(self.output_linear, y)
-        return y.to(u.dtype)
+        return y.flatten(1, 2), last.to(A_bar.dtype)
 
     def check_input(self, u, dims, state):
         """dims 2: u (b, h); dims 3: u (b, h, l); state as initial_state(), or None."""
@@ -389,9 +340,9 @@ class S4(nn.Module):
         check(fits and u.is_floating_point(),
               f"u is {u.dtype} {tuple(u.shape)}: pass {self.d_model} features, {dims}-d")
         if state is not None:
-            zero = self.initial_state(len(u))
-            kind = state.is_complex() if zero.is_complex() else state.is_floating_point()
-            check(state.shape == zero.shape and kind,
+            check(not self.bidirectional, "bidirectional=True: it has no state, pass False")
+            kind = state.is_complex() if self.mode == "diag" else state.is_floating_point()
+            check(state.shape == self.initial_state(len(u)).shape and kind,
                   "state: pass one of the shape and type of initial_state()")
 
 
@@ -399,13 +350,12 @@ class S4(nn.Module):
 
 def initial_nplr(measure, copies, n, rank):
     """Lambda (copies, n/2), P (r, copies, n/2), B (copies, n/2) complex128."""
-    check(n > 0 and n % 2 == 0, f"d_state={n}: pass an even number, 2 or more")
-    check(measure in ("legs", "legt", "fout", "hippo"),
-          f"{measure=}: choose legs, legt, fout or hippo")
     if measure == "hippo":
         legs = initial_nplr("legs", copies // 2, n, rank)
         fout = initial_nplr("fout", copies // 2, n, rank)
         return [alternate(a, b) for a, b in zip(legs, fout)]
+    check(measure in ("legs", "legt", "fout"),
+          f"{measure=}: choose legs, legt, fout or hippo")
     Lambda, P, B, _ = nplr(measure, n)
     rank = len(P) if rank is None else rank
     check(rank >= len(P), f"{rank=}: {measure} has rank {len(P)}, pass at least that")
@@ -415,7 +365,7 @@ def initial_nplr(measure, copies, n, rank):
 
 
 def alternate(a, b):
-    """Features of a and b in turn: (.., h/2, n/2) each -> (.., h, n/2)."""
+    """Features of a and b in turn: (.., copies / 2, n/2) each -> (.., copies, n/2)."""
     return torch.stack([a, b], -2).flatten(-3, -2)
 
 
@@ -442,24 +392,29 @@ def stack(x):
     return torch.cat([x.real, x.imag], -1)
 
 
-# ---- powers of a dense A_bar, as in lssl.py ----
+# ---- powers of A_bar, as in lssl.py; in mode diag it is a vector (h, n) ----
 
 def squares(A_bar, l, dtype):
-    """A_bar, A_bar^2, A_bar^4, ... (h, n, n), in two lists: below A_bar^T, and from it on.
+    """A_bar, A_bar^2, A_bar^4, ... in two lists: below A_bar^T, and from it on.
 
     Time has two digits, k = jT + i, as with T = 10 the tens and the ones. T, about
-    4 sqrt(l), and J are powers of 2: each A_bar^i and each A_bar^{jT} multiplies squares.
+    2 sqrt(l), and J are powers of 2: each A_bar^i and each A_bar^{jT} multiplies squares.
     """
     powers = [A_bar]
     while 2 ** len(powers) < l:
-        powers.append(powers[-1] @ powers[-1])
-    half = len(powers) // 2 + 2                         # T = 2^half
+        A = powers[-1]
+        powers.append(A * A if A.dim() == 2 else A @ A)
+    half = len(powers) // 2 + 1                         # T = 2^half
+    if A_bar.is_complex():
+        dtype = dtype.to_complex()
     powers = [A.to(dtype) for A in powers]
     return powers[:half], powers[half:]
 
 
 def times(A, x):
-    """A x: A (h, n, n), x (.., h, n) -> (.., h, n)."""
+    """A x: A (h, n, n), or (h, n) for a diagonal one; x (.., h, n) -> (.., h, n)."""
+    if A.dim() == 2:
+        return A * x
     return torch.einsum("hij,...hj->...hi", A, x)
 
 
@@ -472,22 +427,30 @@ def krylov(powers, x):
 
 
 def response(C, low, high, x):
-    """C A_bar^k x: C (m, h, n), states x (b, h, n) -> (b, m, h, JT)."""
-    C = krylov([A.mT for A in low], C.to(low[0].dtype))     # C A_bar^i, (T, m, h, n)
+    """Re C A_bar^k x: C (m, h, n), states x (b, h, n) -> (b, m, h, JT)."""
+    low = [A if A.dim() == 2 else A.mT for A in low]
+    C = krylov(low, C.to(low[0].dtype))                     # C A_bar^i, (T, m, h, n)
     x = krylov(high, x.to(low[0].dtype))                    # A_bar^{jT} x, (J, b, h, n)
-    return torch.einsum("jbhn,imhn->bmhji", x, C).flatten(-2)
+    return torch.einsum("jbhn,imhn->bmhji", reals(x), reals(C.conj())).flatten(-2)
 
 
 def state_of_input(u, B_bar, low, high):
     """sum_k A_bar^{l-1-k} B_bar u_k, the state that u (b, h, l) leaves: (b, h, n)."""
     T = 2 ** len(low)
     J = 2 ** len(high)
-    B_bar = krylov(low, B_bar.to(u.dtype)).flip(0)      # (T, h, n), the last i: power 0
+    B_bar = krylov(low, B_bar.to(low[0].dtype)).flip(0)     # (T, h, n), last i: power 0
     u = F.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))        # zeros in front
-    x = torch.einsum("bhji,ihn->jbhn", u, B_bar)        # each block of T steps
+    x = torch.einsum("bhji,ihn->jbhn", u, reals(B_bar))             # each block of T steps
+    if B_bar.is_complex():
+        x = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     for A in high:                                      # two blocks in a row are one
         x = times(A, x[::2]) + x[1::2]
     return x[0]
+
+
+def reals(z):
+    """Complex (.., n) as (.., 2n), what is real as it is. Re(v w) = reals(v) reals(w*)."""
+    return torch.view_as_real(z.resolve_conj()).flatten(-2) if z.is_complex() else z
 
 
 def advance(powers, x, k):
@@ -519,7 +482,6 @@ def initial_diagonal(measure, copies, n):
     diag-lin, diag-inv, diag-quad, diag-real, diag-legs; diag: diag-inv and diag-lin on
     alternating features; diag-rand, for dt_min = dt_max = 1: -Re log-uniform in (1e-3, 1)
     """
-    check(n > 0 and n % 2 == 0, f"d_state={n}: pass an even number, 2 or more")
     i = torch.arange(n // 2, dtype=torch.float64).repeat(copies, 1)
     real = torch.full_like(i, -0.5)
     if measure == "diag-lin":
@@ -556,47 +518,6 @@ def discretize_diagonal(A, B, C, dt, disc, rate, l_max):
     return torch.exp(dt * A), hold * B, 2 * C
 
 
-def two_digits(A_bar, l, dtype):
-    """A_bar^{jT} (h, J, n) and A_bar^i (h, T, n), whose products are all A_bar^k, k < l.
-
-    Time has two digits, k = jT + i, as with T = 10 the tens and the ones: about 2.5 sqrt(l)
-    powers take the place of l, and with matrix products no (h, n, l) array appears.
-    i in turn is 8a + b, so that only m + 8 of the powers need double precision.
-    (n counts what is stored.)
-    """
-    m = max(1, int(l ** 0.5) // 4)                      # T = 8m, about 2 sqrt(l): fastest
-    ones = torch.linalg.vander(A_bar, N=8).mT.contiguous()          # A_bar^i (h, 8, n)
-    eights = torch.linalg.vander(ones[:, -1] * A_bar, N=m + 1).mT.contiguous()
-    low = eights[:, :m, None].to(dtype) * ones[:, None].to(dtype)   # (h, m, 8, n)
-    low = low.flatten(1, 2)[:, :l]                                  # (h, T, n)
-    J = -(-l // low.shape[1])
-    high = torch.linalg.vander(eights[:, -1], N=J + 1).mT[:, :J]    # N = 1 is an error
-    return high.to(dtype).contiguous(), low
-
-
-def vandermonde(v, digits, l):
-    """Re sum_n v_n A_bar_n^k for k < l: v (.., h, n), digits of A_bar -> (.., h, l)."""
-    high, low = digits
-    v = v.to(high.dtype)[..., None, :] * high           # (.., h, J, n)
-    K = torch.einsum("...hjn,hin->...hji", as_real(v), as_real(low.conj()))
-    return K.flatten(-2)[..., :l]
-
-
-def last_state(u, B_bar, digits):
-    """sum_k A_bar^{l-1-k} B_bar u_k, the state that u (b, h, l) leaves: (b, h, n)."""
-    high, low = digits
-    J, T = high.shape[1], low.shape[1]
-    u = F.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))        # zeros in front
-    x = torch.einsum("bhji,hin->bhjn", u, as_real(low.flip(1)))     # the last i: power 0
-    x = torch.view_as_complex(x.unflatten(-1, (-1, 2)))             # (b, h, J, n)
-    return (x * high.flip(1)).sum(2) * B_bar                        # the last j: power 0
-
-
-def as_real(z):
-    """(.., n) complex as (.., 2n) real: Re(v w) is as_real(v) times as_real(w conj)."""
-    return torch.view_as_real(z.resolve_conj()).flatten(-2)
-
-
 # ---- what the options add: learning rates, and the block of gss.py ----
 
 def learning_rates(layer, lr):
@@ -611,6 +532,35 @@ def learning_rates(layer, lr):
             rates[name] = lr.get(groups[name], 1e-3)
             parameter.requires_grad_(rates[name] > 0)
     return rates
+
+
+def add_block(layer, gate, bottleneck):
+    """The linear maps around the SSM that gate and bottleneck ask for."""
+    width = layer.d_model * gate if gate else layer.channels * layer.h
+    layer.input_linear = layer.input_gate = layer.output_gate = layer.output_linear = None
+    if bottleneck:
+        layer.input_linear = nn.Linear(layer.d_model, layer.h)                  # W_u
+    if gate:
+        layer.input_gate = nn.Linear(layer.d_model, width)                      # W_v
+        layer.output_gate = nn.Linear(layer.channels * layer.h, width)          # W_y
+    if gate or bottleneck:
+        layer.output_linear = nn.Linear(width, layer.channels * layer.d_model)  # W_o
+
+
+def enter_block(layer, u):
+    """Before the SSM: u (b, h, l) or (b, h)."""
+    if layer.input_linear is None:
+        return u
+    return F.gelu(channel_map(layer.input_linear, u))
+
+
+def leave_block(layer, y, u):
+    """After the SSM: y (b, m h, l) or (b, m h)."""
+    if layer.input_gate is not None:
+        y = channel_map(layer.output_gate, y) * F.gelu(channel_map(layer.input_gate, u))
+    if layer.output_linear is not None:
+        y = channel_map(layer.output_linear, y)
+    return y.to(u.dtype)
 
 
 def channel_map(linear, u):

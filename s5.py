@@ -66,12 +66,10 @@ class S5(nn.Module):
                  conj_sym=True, clip_eigs=False, bidirectional=False, step_rescale=1.0,
                  dt_min=1e-3, dt_max=1e-1, lr=1e-3):
         super().__init__()
-        check(d_state > 0 and not (conj_sym and d_state % 2),
-              f"{d_state=}: pass a positive number, even if conj_sym")
-        check(blocks > 0 and d_state % blocks == 0,
-              f"{blocks=}: pass a divisor of d_state = {d_state}")
+        check(d_state > 0 and blocks > 0 and d_state % blocks == 0,
+              f"{d_state=}, {blocks=}: pass positive numbers, blocks a divisor of d_state")
         check(not conj_sym or d_state // blocks % 2 == 0,
-              f"{blocks=}: with conj_sym, d_state / blocks must be even")
+              f"{d_state=}, {blocks=}: with conj_sym, d_state / blocks must be even")
         check(disc in ("zoh", "bilinear"), f"{disc=}: choose zoh or bilinear")
         check(0 < step_rescale < math.inf, f"{step_rescale=}: pass a positive number")
         check(0 < dt_min <= dt_max < math.inf,
@@ -127,7 +125,6 @@ class S5(nn.Module):
 
     def initial_state(self, batch_size):
         """x_{-1} = 0: (b, p) complex128, for rounding adds up over the steps."""
-        self.check_causal()
         return torch.zeros(batch_size, self.p, dtype=torch.complex128, device=self.D.device)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
@@ -135,7 +132,6 @@ class S5(nn.Module):
 
         discrete: what discretize() returned, to use it for many steps
         """
-        self.check_causal()
         self.check_input(u, 2, state)
         A_bar, B_bar, C = discrete or self.discretize(rate)
         x = A_bar * state + u.to(B_bar.dtype) @ B_bar.mT        # (b, p)
@@ -149,18 +145,15 @@ class S5(nn.Module):
         method: scan, conv (of each state, by FFT) or step: the same numbers up to rounding
         Raises ValueError for a u, state, rate or method that does not fit.
         """
-        if state is not None:
-            self.check_causal()
         self.check_input(u, 3, state)
         check(method in ("scan", "conv", "step"), f"{method=}: choose scan, conv or step")
         A_bar, B_bar, C = self.discretize(rate)
-        start = state
-        if state is None:
-            start = torch.zeros(len(u), self.p, dtype=A_bar.dtype, device=u.device)
+        start = self.initial_state(len(u)) if state is None else state
         scan = {"scan": linear_scan, "conv": fft_scan, "step": loop_scan}[method]
         dtype = self.D.dtype
         with full_precision(u):
-            v = u.to(dtype).mT @ as_real(B_bar.mT).to(dtype)            # (b, l, 2p)
+            B = as_real(B_bar.mT).to(dtype).expand(len(u), -1, -1)      # (b, h, 2p)
+            v = torch.bmm(u.to(dtype).mT, B)        # (b, l, 2p); @ would copy u
             v = torch.view_as_complex(v.unflatten(-1, (-1, 2)))         # (b, l, p)
             x = scan(A_bar, v, start)
             last = x[:, -1].to(torch.complex128)
@@ -171,15 +164,13 @@ class S5(nn.Module):
             y = torch.addcmul(y, self.D[:, None], u.to(dtype))
         return y.to(u.dtype), None if state is None else last
 
-    def check_causal(self):
-        check(not self.bidirectional,
-              "bidirectional=True: it reads the whole sequence, without a state or a step")
-
     def check_input(self, u, dims, state):
         """dims 2: u (b, h); dims 3: u (b, h, l); state (b, p) or None."""
         fits = u.dim() == dims and u.shape[1] == self.h and u.numel() > 0
         check(fits and u.is_floating_point(),
               f"u is {u.dtype} {tuple(u.shape)}: pass floats, {self.h} features, {dims}-d")
+        check(state is None or not self.bidirectional,
+              "bidirectional=True: it reads the whole sequence, without a state or a step")
         fits = state is None or state.shape == (len(u), self.p)
         check(fits and (state is None or state.is_complex()),
               "state: pass one of the shape and type of initial_state()")

@@ -163,7 +163,8 @@ class Mamba(SelectiveSSM):
     def step(self, u, state, *, rate=1.0, discrete=None):
         """The block once: u (b, h), state -> o (b, h), next state."""
         check_input(u, 2, self.h)
-        inputs, x = self.check_pair(state, len(u))
+        inputs, x = state
+        check_state(inputs, (len(u), self.d, self.d_conv - 1))
         v, z = channel_map(self.in_proj, u).chunk(2, 1)         # (b, d) each
         v = torch.cat([inputs.to(v.dtype), v[..., None]], -1)   # (b, d, d_conv)
         inputs = v[..., 1:].to(self.D.dtype)
@@ -175,8 +176,8 @@ class Mamba(SelectiveSSM):
     def forward(self, u, state=None, *, rate=1.0, method="scan"):
         """u (b, h, l), state or None -> o (b, h, l), last state or None."""
         check_input(u, 3, self.h)
-        start = self.initial_state(len(u)) if state is None else state
-        inputs, x = self.check_pair(start, len(u))
+        inputs, x = self.initial_state(len(u)) if state is None else state
+        check_state(inputs, (len(u), self.d, self.d_conv - 1))
         v, z = channel_map(self.in_proj, u).chunk(2, 1)         # (b, d, l) each
         v = torch.cat([inputs.to(v.dtype), v], -1)              # with what is still seen
         inputs = v[..., u.shape[-1]:].to(self.D.dtype)          # (b, d, d_conv - 1)
@@ -184,14 +185,6 @@ class Mamba(SelectiveSSM):
         y, x = super().forward(v, x, rate=rate, method=method)
         o = channel_map(self.out_proj, y * F.silu(z))
         return o.to(u.dtype), None if state is None else (inputs, x)
-
-    def check_pair(self, state, batch_size):
-        """The two parts of a state."""
-        check(isinstance(state, tuple) and len(state) == 2,
-              "state: pass a pair (inputs, x) as initial_state() returns")
-        check_state(state[0], (batch_size, self.d, self.d_conv - 1))
-        check_state(state[1], (batch_size, self.d, self.n))
-        return state
 
 
 # ---- the scan, in three ways: dt, u (l, b, d), B, C (l, b, n), A (n, d), x (b, n, d)
