@@ -100,8 +100,7 @@ class DSS(nn.Module):
 
     def initial_state(self, batch_size):
         """x_{-1} = 0: (b, h, n) complex128, for rounding adds up over the steps."""
-        return torch.zeros(batch_size, self.h, self.n, dtype=torch.complex128,
-                           device=self.D.device)
+        return self.D.new_zeros(batch_size, self.h, self.n, dtype=torch.complex128)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once: u (b, h), state (b, h, n) -> y (b, h), next state.
@@ -263,7 +262,7 @@ def legs_eigenvalues(n):
 
 
 def check(ok, message):
-    """Raise a ValueError unless ok."""
+    """Raise a ValueError unless ok. Not for rate or l: torch.compile can't print them."""
     if not ok:
         raise ValueError(message)
 

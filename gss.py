@@ -106,8 +106,7 @@ class GSS(nn.Module):
 
     def initial_state(self, batch_size):
         """x_{-1} = 0: (b, c, n) complex128, for rounding adds up over the steps."""
-        return torch.zeros(batch_size, self.c, self.n, dtype=torch.complex128,
-                           device=self.D.device)
+        return self.D.new_zeros(batch_size, self.c, self.n, dtype=torch.complex128)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(1) around (2): u (b, h), state (b, c, n) -> o (b, h), next state.
@@ -268,7 +267,7 @@ def initial_eigenvalues(measure, c, n):
 
 
 def check(ok, message):
-    """Raise a ValueError unless ok."""
+    """Raise a ValueError unless ok. Not for rate or l: torch.compile can't print them."""
     if not ok:
         raise ValueError(message)
 

@@ -93,7 +93,7 @@ class LRU(nn.Module):
 
     def initial_state(self, batch_size):
         """x_{-1} = 0: (b, n) complex128, for rounding adds up over the steps."""
-        return torch.zeros(batch_size, self.n, dtype=torch.complex128, device=self.D.device)
+        return self.D.new_zeros(batch_size, self.n, dtype=torch.complex128)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once: u (b, h), state (b, n) -> y (b, h), next state.
@@ -215,7 +215,7 @@ def ring(n, r_min, r_max, max_phase):
 
 
 def check(ok, message):
-    """Raise a ValueError unless ok."""
+    """Raise a ValueError unless ok. Not for rate or l: torch.compile can't print them."""
     if not ok:
         raise ValueError(message)
 

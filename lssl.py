@@ -111,8 +111,7 @@ class LSSL(nn.Module):
 
     def initial_state(self, batch_size):
         """x_{-1} = 0: (b, h, n) float64, for rounding adds up over the steps."""
-        return torch.zeros(batch_size, self.h, self.n, dtype=torch.float64,
-                           device=self.D.device)
+        return self.D.new_zeros(batch_size, self.h, self.n, dtype=torch.float64)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once: u (b, h), state (b, h, n) -> y (b, m h), next state.
@@ -122,7 +121,7 @@ class LSSL(nn.Module):
         self.check_input(u, 2, state)
         A_bar, B_bar, C = discrete or self.discretize(rate)
         x = times(A_bar, state.double()) + B_bar * u[..., None]         # (b, h, n)
-        y = torch.einsum("mhn,bhn->bmh", C, x) + self.D * u[:, None]    # (b, m, h)
+        y = (C * x[:, None]).sum(-1) + self.D * u[:, None]              # (b, m, h)
         return y.flatten(1).to(u.dtype), x
 
     def kernel(self, l, rate=1.0):
@@ -189,7 +188,8 @@ def squares(A_bar, l, dtype):
     """A_bar, A_bar^2, A_bar^4, ... (h, n, n), in two lists: below A_bar^T, and from it on.
 
     Time has two digits, k = jT + i, as with T = 10 the tens and the ones. T, about
-    2 sqrt(l), and J are powers of 2: each A_bar^i and each A_bar^{jT} multiplies squares.
+    2 sqrt(l), and J are powers of 2: each A_bar^i and A_bar^{jT} is a product of squares.
+    So T + J vectors and one matrix product give all l numbers C A_bar^k x.
     """
     powers = [A_bar]
     while 2 ** len(powers) < l:
@@ -284,7 +284,7 @@ def reconstruct(measure, x, s):
 
 
 def check(ok, message):
-    """Raise a ValueError unless ok."""
+    """Raise a ValueError unless ok. Not for rate or l: torch.compile can't print them."""
     if not ok:
         raise ValueError(message)
 

@@ -9,9 +9,9 @@ Each of the h features u(t) drives n states, x' = A x + B u, y = C x + D u. Samp
     x_k = A_bar x_{k-1} + B_bar u_k,    y_k = C x_k + D u_k,                       (1)
     y = K * u + D u,    K_k = C A_bar^k B_bar.                                     (2)
 
-What was wrong before. HiPPO-LegS, with which long memory works, is dense, and cannot be
+What was wrong before. HiPPO-LegS, which makes long memory work, is dense, and cannot be
 diagonalized in floating point: its eigenvectors have entries that grow exponentially with
-n. So LSSL takes powers of dense matrices, which cost n^3.
+n. So LSSL steps by dense matrices, in n^2 l operations, with n l numbers for each feature.
 
 The idea. HiPPO is normal plus low rank, and a normal matrix has orthogonal eigenvectors V:
 
@@ -23,25 +23,27 @@ B_bar = (1 - dt/2 A)^{-1} dt B, and s = 2 / dt (1 - z) / (1 + z):
 
     sum_k K_k z^k = C (1 - z A_bar)^{-1} B_bar = 2 / (1 + z) C (s - A)^{-1} B.     (4)
 
-R = (s - Lambda)^{-1} is diagonal, and the Woodbury identity leaves an r x r inverse:
+R = (s - Lambda)^{-1} is diagonal, and the Woodbury identity leaves an r x r inverse. With
+the Cauchy sums CB = C R B, CP = C R P, PB = P* R B and PP = P* R P,
 
-    C (s - A)^{-1} B = CB - CP (1 + PP)^{-1} PB,                                   (5)
+    C (s - A)^{-1} B = CB - CP (1 + PP)^{-1} PB.                                   (5)
 
-with CB = C R B, CP = C R P, PB = P* R B, PP = P* R P: Cauchy sums over n. An inverse FFT
-takes (4) on a circle back to K. For l > 32 n, and to start from a state x, which adds
-C A_bar^{k+1} x to y_k, powers of the dense A_bar are cheaper.
+An inverse FFT takes (4) on a circle back to K. A state x adds C A_bar^{k+1} x to y_k: that
+takes powers of the dense A_bar. By squaring, n^3 log l operations in matrix products, they
+are also the faster way to K for l > 32 n.
 
 Differs from the paper: the circle has a radius q < 1, with M >= l nodes and q^M = 1e-8.
-What the FFT adds to K_k is then q^M K_{k+M} + ..., nothing. On the unit circle, q = 1, the
-parameter must be C (1 - A_bar^l), for one length and one rate. Here C is C.
+What the FFT adds to K_k is then q^M K_{k+M} + ..., nothing in a stable system. On the unit
+circle, q = 1, the parameter must be C (1 - A_bar^l), for one length and one rate. Here C is
+C. And P P* for P Q* keeps a trained A stable (Goel et al., arXiv 2202.09729).
 
 Why bilinear? (4) needs s - A alone, zero-order hold the exponential of a dense matrix.
 
 Why n/2? Eigenvalues come in conjugate pairs, and the second of a pair adds the conjugate
-of what the first adds: C x is 2 Re(C x). P P* mixes x with its conjugate, so state and step
-use real numbers, [Re x; Im x].
+of what the first adds: C x over all n is 2 Re(C x) over n/2. P P* mixes x with its
+conjugate, so state, step and discretize() use real numbers, [Re x; Im x].
 
-Symbols: b batch, h features (d_model), n states (d_state), l length, m channels, r rank.
+Symbols: b batch, h features of the SSM, n states (d_state), l length, m channels, r rank.
 u (b, h, l), y (b, m h, l); x (b, h, n); Lambda, B (h, n/2), P (r, h, n/2), C (m, h, n/2)
 complex; A_bar (h, n, n), B_bar (h, n), K (m, h, l); dt (h), D (m, h).
 """
@@ -58,9 +60,9 @@ from torch.nn import functional as F
 def hippo(measure, n):
     """A (n, n), B (n) and P (r, n), real, for which A + P^T P is normal.
 
-    legs, all of the past: A_ij = -sqrt((2i+1)(2j+1)) for i > j, -(i+1) for i = j
+    legs, all of the past, fading: A_ij = -sqrt((2i+1)(2j+1)) for i > j, -(i+1) for i = j
     legt, a window of length 2: A_ij = -sqrt((2i+1)(2j+1)) / 2, times (-1)^(i-j) for i < j
-    fout, a window in a Fourier basis: rotations by pi j, minus B B^T
+    fout, a window in a Fourier basis: rotations by 0, pi, 2 pi, ..., minus B B^T
     (arXiv 2111.00396, eq. 2; 2206.12037. lssl.py explains what the states mean.)
     """
     i = torch.arange(n, dtype=torch.float64)
@@ -72,7 +74,7 @@ def hippo(measure, n):
     if measure == "legt":
         A = A.tril() + A.triu(1) * (-1) ** (i[:, None] - i)
         return A / 2, root / 2, torch.stack([root * even, root * (1 - even)]) / 2 ** 0.5
-    # fout
+    # fout, for initial_nplr checks the name
     B = 2 ** 0.5 * even
     B[0] = 1
     S = torch.diag((math.pi * (i // 2) * (1 - even))[1:], -1)
@@ -103,8 +105,8 @@ def nplr(measure, n):
 def cauchy_kernel(Lambda, P, B, C, dt, l, exact):
     """(4) and (5): K_0 ... K_{l-1}, (m, h, l) float64, from halves of conjugate pairs.
 
-    exact: q^M = 2e-11 and M = 2l: rounding, amplified by q^{-k}, is then as small.
-    For fout (5) subtracts numbers of size dt |P|^2, and beyond dt = 20 K loses digits. At
+    Rounding, amplified by q^{-k}, is as small as q^M. exact: q^M = 2e-11 and M = 2l.
+    For fout (5) subtracts numbers of size dt |P|^2: digits of K are lost at dt > 20, and at
     dt = 150 the gradient of its tiny Re Lambda has a relative error of 2e-4.
     """
     M = 2 * l if exact else l
@@ -120,11 +122,11 @@ def cauchy_kernel(Lambda, P, B, C, dt, l, exact):
     pair = 1 / torch.addcmul(s ** 2 + square[..., None], s, twice)      # (h, n/2, nodes)
 
     def cauchy(a, b):
-        """sum_n a_n b_n / (s - w_n): a (i, h, n/2), b (k, h, n/2) -> (h, nodes, i, k)."""
-        v = torch.einsum("ihn,khn->hikn", a, b)
+        """sum a b / (s - w) of pairs: a (i, h, n/2), b (r, h, n/2) -> (h, nodes, i, r)."""
+        v = torch.einsum("ihn,rhn->hirn", a, b)
         v = 2 * torch.stack([v.real, -(v * w[:, None, None].conj()).real], 1)
-        v = torch.einsum("hvikn,hnjc->hvikjc", v, torch.view_as_real(pair))
-        v = torch.view_as_complex(v)                            # (h, 2, i, k, nodes)
+        v = torch.einsum("hvirn,hnjc->hvirjc", v, torch.view_as_real(pair))
+        v = torch.view_as_complex(v)                            # (h, 2, i, r, nodes)
         return (s * v[:, 0] + v[:, 1]).permute(0, 3, 1, 2)
 
     m = len(C)
@@ -151,18 +153,19 @@ class S4(nn.Module):
     measure: where A starts. nplr: legs, legt, fout, or hippo (legs and fout on alternating
         features); diag: see initial_diagonal, where legs stands for diag-legs
     disc: nplr: bilinear. diag: zoh (default), bilinear, or dss (the kernel of dss.py)
-    real_type: -Re Lambda is exp or relu of its parameter, or none: the parameter itself,
-        and then nothing keeps the system stable
+    real_type: -Re Lambda is exp or relu (+ 1e-4) of its parameter, or none: the parameter
+        itself, and then nothing keeps the system stable
     rank: rank of P, at least that of the measure; more columns start as small noise
     n_ssm: number of different (A, B); feature i uses number i mod n_ssm. Default: h
     channels: m outputs for each feature: channel c of feature i is output c h + i
     bidirectional: add sum_{j >= 1} K'_{j-1} u_{k+j} with a second C; without a state
     gate, bottleneck: the block of gss.py: W_o((W_y SSM(GELU(W_u u))) * GELU(W_v u)), with
-        d_model * gate features in the gate, and the SSM on h = d_model / bottleneck
+        d_model * gate features in the gate, and the SSM on h = d_model / bottleneck;
+        W_u and its GELU only with bottleneck
     l_max: the length over which disc dss normalizes; sequences may be longer
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
-    lr: learning rate of dt, A and B for the optimizer: see ssm_lr; or a dict of these
-        three (1e-3 if left out). 0.0 freezes
+    lr: learning rate of dt, A and B, stored in ssm_lr for the optimizer; or a dict of
+        these three (1e-3 if left out). 0.0 freezes
     """
 
     def __init__(self, d_model, d_state=64, *, mode="nplr", measure="legs", disc=None,
@@ -198,14 +201,13 @@ class S4(nn.Module):
         else:
             check(rank is None, f"{rank=}: mode diag has no low-rank part, pass None")
             Lambda = initial_diagonal(measure, copies, d_state)
+            P = None
             B = torch.ones_like(Lambda)
         log_dt = math.log(dt_min) + torch.rand(h) * math.log(dt_max / dt_min)
         self.log_dt = nn.Parameter(log_dt)
         self.log_A_real = nn.Parameter(initial_real(Lambda, real_type).to(log_dt))
         self.A_imag = nn.Parameter(Lambda.imag.to(log_dt))
-        self.P = None
-        if mode == "nplr":
-            self.P = nn.Parameter(torch.view_as_real(P).to(log_dt))
+        self.P = None if P is None else nn.Parameter(torch.view_as_real(P).to(log_dt))
         self.B = nn.Parameter(torch.view_as_real(B).to(log_dt))
         outputs = 2 * channels if bidirectional else channels
         self.C = nn.Parameter(torch.randn(outputs, h, d_state // 2, 2) * 0.5 ** 0.5)
@@ -243,17 +245,16 @@ class S4(nn.Module):
         dt = dt[:, None]
         if self.mode == "diag":
             return discretize_diagonal(Lambda, B, C, dt, self.disc, rate, self.l_max)
-        A = dt[..., None] / 2 * real_form(Lambda, P)            # (h, n, n)
-        one = torch.eye(self.n, dtype=A.dtype, device=A.device)
-        right = torch.cat([one + A, (dt * stack(B))[..., None]], -1)
-        solved = torch.linalg.solve(one - A, right)             # bilinear
+        half = dt[..., None] / 2 * real_form(Lambda, P)         # dt/2 A, (h, n, n)
+        one = torch.eye(self.n, dtype=half.dtype, device=half.device)
+        right = torch.cat([one + half, (dt * stack(B))[..., None]], -1)
+        solved = torch.linalg.solve(one - half, right)          # bilinear, as in (4)
         return solved[..., :-1], solved[..., -1], 2 * stack(C.conj())   # 2 for the pairs
 
     def initial_state(self, batch_size):
         """x_{-1} = 0: (b, h, n) float64, for rounding adds up over the steps; in mode diag
         (b, h, n/2) complex128. Of the SSM's h / bottleneck features."""
-        x = torch.zeros(batch_size, self.h, self.n, dtype=torch.float64,
-                        device=self.D.device)
+        x = self.D.new_zeros(batch_size, self.h, self.n, dtype=torch.float64)
         return x if self.mode == "nplr" else torch.complex(*x.chunk(2, -1))
 
     def step(self, u, state, *, rate=1.0, discrete=None):
@@ -265,7 +266,7 @@ class S4(nn.Module):
         A_bar, B_bar, C = discrete or self.discretize(rate)
         v = enter_block(self, u)
         x = times(A_bar, state.to(A_bar.dtype)) + B_bar * v[..., None]          # (b, h, n)
-        y = torch.einsum("mhn,bhn->bmh", C, x).real + self.D * v[:, None]       # (b, m, h)
+        y = (C * x[:, None]).sum(-1).real + self.D * v[:, None]                 # (b, m, h)
         return leave_block(self, y.flatten(1), u), x
 
     def kernel(self, l, rate=1.0):
@@ -306,7 +307,7 @@ class S4(nn.Module):
             exact = self.D.dtype == torch.float64
             return cauchy_kernel(*self.continuous(rate), l, exact)
         # Matrix products are fast: from 32 n steps on, n^3 log l operations in them take
-        # less time than n l / 2 Cauchy terms, and far less memory. Nor must states decay.
+        # less time than n l / 2 Cauchy terms, and far less memory. States may also grow.
         A_bar, B_bar, C = self.discretize(rate)
         dtype = torch.float64 if self.mode == "nplr" else self.D.dtype
         low, high = squares(A_bar, l, dtype)
@@ -342,7 +343,8 @@ class S4(nn.Module):
         if state is not None:
             check(not self.bidirectional, "bidirectional=True: it has no state, pass False")
             kind = state.is_complex() if self.mode == "diag" else state.is_floating_point()
-            check(state.shape == self.initial_state(len(u)).shape and kind,
+            n = self.n // 2 if self.mode == "diag" else self.n
+            check(state.shape == (len(u), self.h, n) and kind,
                   "state: pass one of the shape and type of initial_state()")
 
 
@@ -361,7 +363,7 @@ def initial_nplr(measure, copies, n, rank):
     check(rank >= len(P), f"{rank=}: {measure} has rank {len(P)}, pass at least that")
     noise = 1e-2 * torch.randn(rank - len(P), copies, n // 2, dtype=P.dtype)
     P = torch.cat([P[:, None].expand(-1, copies, -1), noise])
-    return Lambda.expand(copies, -1), P, B.expand(copies, -1)
+    return Lambda.repeat(copies, 1), P, B.repeat(copies, 1)
 
 
 def alternate(a, b):
@@ -370,7 +372,7 @@ def alternate(a, b):
 
 
 def initial_real(Lambda, real_type):
-    """The parameter of -Re Lambda, which is 0 in legt and fout: there 1e-4."""
+    """The parameter of -Re Lambda, which is 0 in legt and fout: there 1e-4, relu 2e-4."""
     real = (-Lambda.real).clamp(min=1e-4)
     if real_type == "exp":
         return real.log()
@@ -392,13 +394,14 @@ def stack(x):
     return torch.cat([x.real, x.imag], -1)
 
 
-# ---- powers of A_bar, as in lssl.py; in mode diag it is a vector (h, n) ----
+# ---- powers of A_bar, as in lssl.py; mode diag: a vector (h, n), where n is n/2 ----
 
 def squares(A_bar, l, dtype):
     """A_bar, A_bar^2, A_bar^4, ... in two lists: below A_bar^T, and from it on.
 
     Time has two digits, k = jT + i, as with T = 10 the tens and the ones. T, about
-    2 sqrt(l), and J are powers of 2: each A_bar^i and each A_bar^{jT} multiplies squares.
+    2 sqrt(l), and J are powers of 2: each A_bar^i and A_bar^{jT} is a product of squares.
+    So T + J vectors and one matrix product give all l numbers C A_bar^k x.
     """
     powers = [A_bar]
     while 2 ** len(powers) < l:
@@ -449,7 +452,8 @@ def state_of_input(u, B_bar, low, high):
 
 
 def reals(z):
-    """Complex (.., n) as (.., 2n), what is real as it is. Re(v w) = reals(v) reals(w*)."""
+    """(.., n) complex as (.., 2n) real: Re(v w) is reals(v) times reals(w conj). What is
+    real stays as it is."""
     return torch.view_as_real(z.resolve_conj()).flatten(-2) if z.is_complex() else z
 
 
@@ -493,7 +497,7 @@ def initial_diagonal(measure, copies, n):
     if measure == "diag-real":
         return torch.complex(-(i + 1), 0 * i)
     if measure in ("legs", "diag-legs"):
-        Lambda, _, _, _ = nplr("legs", n)
+        Lambda, _, _, _ = nplr("legs", n)               # flip: the order of diag-inv
         return Lambda.flip(0).repeat(copies, 1)
     if measure == "diag-rand":
         return torch.complex(-(1e-3 ** torch.rand_like(i)), math.pi * torch.rand_like(i))
@@ -512,7 +516,7 @@ def discretize_diagonal(A, B, C, dt, disc, rate, l_max):
     A = torch.where(A == 0, 1e-12, A)                   # there B_bar is its limit dt B
     hold = torch.expm1(dt * A) / A
     if disc == "dss":
-        x = A * torch.expm1(l_max * dt / rate * A)
+        x = A * torch.expm1(l_max * dt / rate * A)      # A, so that 1e-7 is that of DSS
         C = B * C * A * x.conj() / (x.abs() ** 2 + 1e-7)
         return torch.exp(dt * A), hold, C
     return torch.exp(dt * A), hold * B, 2 * C
@@ -573,7 +577,7 @@ def channel_map(linear, u):
 
 
 def check(ok, message):
-    """Raise a ValueError unless ok."""
+    """Raise a ValueError unless ok. Not for rate or l: torch.compile can't print them."""
     if not ok:
         raise ValueError(message)
 

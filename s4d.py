@@ -87,8 +87,7 @@ class S4D(nn.Module):
 
     def initial_state(self, batch_size):
         """x_{-1} = 0: (b, h, n/2) complex128, for rounding adds up over the steps."""
-        return torch.zeros(batch_size, self.h, self.n // 2, dtype=torch.complex128,
-                           device=self.D.device)
+        return self.D.new_zeros(batch_size, self.h, self.n // 2, dtype=torch.complex128)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once: u (b, h), state (b, h, n/2) -> y (b, h), next state.
@@ -248,7 +247,7 @@ def initial_A(measure, h, n, real_random=False, imag_random=False):
 
 
 def check(ok, message):
-    """Raise a ValueError unless ok."""
+    """Raise a ValueError unless ok. Not for rate or l: torch.compile can't print them."""
     if not ok:
         raise ValueError(message)
 

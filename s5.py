@@ -125,7 +125,7 @@ class S5(nn.Module):
 
     def initial_state(self, batch_size):
         """x_{-1} = 0: (b, p) complex128, for rounding adds up over the steps."""
-        return torch.zeros(batch_size, self.p, dtype=torch.complex128, device=self.D.device)
+        return self.D.new_zeros(batch_size, self.p, dtype=torch.complex128)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once: u (b, h), state (b, p) -> y (b, h), next state.
@@ -280,7 +280,7 @@ def initial_C(C_init, h, V):
 
 
 def check(ok, message):
-    """Raise a ValueError unless ok."""
+    """Raise a ValueError unless ok. Not for rate or l: torch.compile can't print them."""
     if not ok:
         raise ValueError(message)
 

@@ -83,8 +83,7 @@ class SelectiveSSM(nn.Module):
 
     def initial_state(self, batch_size):
         """x_{-1} = 0: (b, d, n) float64, for rounding adds up over the steps."""
-        return torch.zeros(batch_size, self.d, self.n, dtype=torch.float64,
-                           device=self.D.device)
+        return self.D.new_zeros(batch_size, self.d, self.n, dtype=torch.float64)
 
     def select(self, u, rate):
         """(2): u (b, d, l) or (b, d) -> dt, B, C, with or without l."""
@@ -329,7 +328,7 @@ def check_state(state, shape):
 
 
 def check(ok, message):
-    """Raise a ValueError unless ok."""
+    """Raise a ValueError unless ok. Not for rate or l: torch.compile can't print them."""
     if not ok:
         raise ValueError(message)
 

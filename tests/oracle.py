@@ -161,43 +161,6 @@ def linear(x, p, name):
     return y + p[f"{name}.bias"][:, None] if f"{name}.bias" in p else y
 
 
-# ---- HiPPO matrices A (n, n), B (n), in the conventions of the official S4 code ----
-
-
-def hippo_legs(n):
-    """A_ij = -sqrt((2i+1)(2j+1)) for i > j, -(i+1) for i = j, else 0; B_i = sqrt(2i+1)."""
-    A, B = np.zeros((n, n)), np.zeros(n)
-    for i in range(n):
-        B[i] = math.sqrt(2 * i + 1)
-        A[i, i] = -(i + 1)
-        for j in range(i):
-            A[i, j] = -math.sqrt((2 * i + 1) * (2 * j + 1))
-    return A, B
-
-
-def hippo_legt(n):
-    """A_ij = -sqrt((2i+1)(2j+1))/2, for i < j times (-1)^(i-j); B_i = sqrt(2i+1)/2.
-
-    The papers of HiPPO and LSSL have twice these.
-    """
-    A, B = np.zeros((n, n)), np.zeros(n)
-    for i in range(n):
-        B[i] = math.sqrt(2 * i + 1) / 2
-        for j in range(n):
-            sign = 1 if i >= j else (-1) ** (j - i)
-            A[i, j] = -sign * math.sqrt((2 * i + 1) * (2 * j + 1)) / 2
-    return A, B
-
-
-def hippo_fout(n):
-    """States 2j, 2j+1 rotate at pi j, minus B B^T; B = (1, 0, sqrt 2, 0, sqrt 2, ...)."""
-    A, B = np.zeros((n, n)), np.zeros(n)
-    for j in range(n // 2):
-        A[2 * j, 2 * j + 1], A[2 * j + 1, 2 * j] = -math.pi * j, math.pi * j
-        B[2 * j] = math.sqrt(2) if j > 0 else 1.0
-    return A - np.outer(B, B), B
-
-
 # ---- single-input layers: S4D, S4, GSS, LSSL, DSS ----
 
 

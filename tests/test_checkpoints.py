@@ -16,7 +16,7 @@ def snippet(cls):
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     block, = [block for block in blocks if "official" in block]
-    part, = [part for part in block.split("\n\n") if f"import {cls}\n" in part]
+    part, = [part for part in block.split("\n\n") if f"import {cls} " in part]
     return part
 
 

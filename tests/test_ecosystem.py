@@ -34,7 +34,8 @@ def run(layer, call, u):
     layer.zero_grad()
     y, _ = call(u)
     y.square().sum().backward()
-    return y.detach(), {name: layer.get_parameter(name).grad.clone() for name in trained(layer)}
+    gradients = {name: layer.get_parameter(name).grad.clone() for name in trained(layer)}
+    return y.detach(), gradients
 
 
 def by_func(layer, u, **options):

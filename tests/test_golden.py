@@ -16,7 +16,7 @@ from layers import (CASES, dss_case, error, golden, lru_case, lssl_case, pair, s
 
 
 def load(case, h, n, **values):
-    """A case with h features and n states, and its layer in float64 with these parameters."""
+    """A case with h features and n states, and its layer with these parameters."""
     case = replace(case, h=h, d_state=n)
     layer = case.build().double()
     for name, value in values.items():

@@ -81,19 +81,6 @@ def test_LRU_is_a_diagonal_S5(rate):
     assert error(lru(u, x, rate=rate), s5(u, x, rate=rate)) <= 1e-11
 
 
-@pytest.mark.parametrize("method", ["scan", "conv", "step"])
-@pytest.mark.parametrize("layer", [LRU(3, 8), S5(3, 8), S5(3, 8, conj_sym=False)], ids=str)
-def test_free_running_dynamics(layer, method):
-    """From a state, without input: x_k = A_bar^k x."""
-    layer, n_steps = layer.double(), 20
-    x = random_state(layer, 2)
-    A_bar, _, C = layer.discretize()
-    powers = A_bar ** torch.arange(1, n_steps + 1)[:, None]
-    y = torch.einsum("hn,kn,bn->bhk", C, powers, x).real
-    found = layer(torch.zeros(2, 3, n_steps, **DOUBLE), x, method=method)
-    assert error(found, (y, powers[-1] * x)) <= 1e-12
-
-
 @pytest.mark.parametrize("kind", ["S5", "S5, clipped", "LRU"])
 @pytest.mark.parametrize("constant", [True, False])
 def test_accuracy_at_length(kind, constant):

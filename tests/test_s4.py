@@ -26,10 +26,6 @@ def test_hippo_matrices_are_the_official_ones(measure):
     g = golden(f"s4_nplr_{measure}")
     A, B, _ = hippo(measure, len(g["hippo_B"]))
     assert error(A, g["hippo_A"]) <= 1e-12 and error(B, g["hippo_B"]) <= 1e-12
-    for n in (2, 10, 16, 64):
-        A, B, _ = hippo(measure, n)
-        expected_A, expected_B = getattr(oracle, f"hippo_{measure}")(n)
-        assert error(A, expected_A) <= 1e-14 and error(B, expected_B) <= 1e-14
 
 
 @pytest.mark.parametrize("n", [2, 4, 16, 64])
