@@ -41,6 +41,8 @@ MUTATIONS = [
     ("s4", "growing states by Cauchy sums", 'and self.real_type != "none":', "and True:", "tests/test_s4.py -k growing"),
     ("s4", "final state one step too far", "advance(low + high, x, l - 1)", "advance(low + high, x, l)",
      "tests/test_modes.py -k s4"),
+    ("s4", "conjugate of C", "reals(C.conj())", "reals(C)", "tests/test_modes.py -k s4"),
+    ("s4", "blocks of the diagonal mode", "A * A if A.dim() == 2", "A if A.dim() == 2", "tests/test_modes.py -k s4"),
     ("s4", "rate in disc dss", "torch.expm1(l_max * dt / rate * A)", "torch.expm1(l_max * dt * A)",
      "tests/test_modes.py -k dss"),
     ("lssl", "alpha", "(1 - self.alpha) * dtA", "self.alpha * dtA", "tests/test_modes.py -k lssl"),
