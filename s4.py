@@ -122,11 +122,11 @@ def cauchy_kernel(Lambda, P, B, C, dt, l, exact):
     pair = 1 / torch.addcmul(s ** 2 + square[..., None], s, twice)      # (h, n/2, nodes)
 
     def cauchy(a, b):
-        """sum a b / (s - w) of pairs: a (i, h, n/2), b (r, h, n/2) -> (h, nodes, i, r)."""
-        v = torch.einsum("ihn,rhn->hirn", a, b)
+        """sum a b / (s - w) of pairs: a (i, h, n/2), b (p, h, n/2) -> (h, nodes, i, p)."""
+        v = torch.einsum("ihn,phn->hipn", a, b)
         v = 2 * torch.stack([v.real, -(v * w[:, None, None].conj()).real], 1)
-        v = torch.einsum("hvirn,hnjc->hvirjc", v, torch.view_as_real(pair))
-        v = torch.view_as_complex(v)                            # (h, 2, i, r, nodes)
+        v = torch.einsum("hvipn,hnjc->hvipjc", v, torch.view_as_real(pair))
+        v = torch.view_as_complex(v)                            # (h, 2, i, p, nodes)
         return (s * v[:, 0] + v[:, 1]).permute(0, 3, 1, 2)
 
     m = len(C)
