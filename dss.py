@@ -93,7 +93,7 @@ class DSS(nn.Module):
             return torch.exp(z), torch.expm1(z) / Lambda, W
         real = torch.minimum(real, 80 / (self.l_max * dt))      # the cap: (h, n)
         Lambda = torch.complex(real, imag.expand_as(real))
-        Lambda = torch.where(Lambda == 0, 1e-12, Lambda)        # B_bar there: its limit dt
+        Lambda = torch.where(Lambda == 0, 1e-12, Lambda)        # there B_bar is its limit
         C, share = softmax_weights(W, Lambda, dt * Lambda, self.l_max)
         z = rate * dt * Lambda
         return torch.exp(z), torch.expm1(z) / Lambda * share, C
@@ -202,8 +202,7 @@ def two_digits(A_bar, l, dtype):
 
     Time has two digits, k = jT + i, as with T = 10 the tens and the ones: about 2.5 sqrt(l)
     powers take the place of l, and with matrix products no (h, n, l) array appears.
-    i in turn is 8a + b, so that only m + 8 of the powers need double precision.
-    (n counts what is stored.)
+    i in turn counts eights and ones: only m + 8 of the powers need double precision.
     """
     m = max(1, int(l ** 0.5) // 4)                      # T = 8m, about 2 sqrt(l): fastest
     ones = torch.linalg.vander(A_bar, N=8).mT.contiguous()          # A_bar^i (h, 8, n)
@@ -247,7 +246,7 @@ def fft_conv(u, K):
 
 
 def full_precision(u):
-    """Switches autocast off: half precision is too coarse for the powers of A_bar."""
+    """Switch autocast off: half precision is too coarse for a long recurrence."""
     return torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False)
 
 

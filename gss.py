@@ -204,8 +204,7 @@ def two_digits(A_bar, l, dtype):
 
     Time has two digits, k = jT + i, as with T = 10 the tens and the ones: about 2.5 sqrt(l)
     powers take the place of l, and with matrix products no (h, n, l) array appears.
-    i in turn is 8a + b, so that only m + 8 of the powers need double precision.
-    (n counts what is stored.)
+    i in turn counts eights and ones: only m + 8 of the powers need double precision.
     """
     m = max(1, int(l ** 0.5) // 4)                      # T = 8m, about 2 sqrt(l): fastest
     ones = torch.linalg.vander(A_bar, N=8).mT.contiguous()          # A_bar^i (h, 8, n)
@@ -249,7 +248,7 @@ def fft_conv(u, K):
 
 
 def full_precision(u):
-    """Switches autocast off: half precision is too coarse for the powers of A_bar."""
+    """Switch autocast off: half precision is too coarse for a long recurrence."""
     return torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False)
 
 

@@ -109,8 +109,8 @@ class LRU(nn.Module):
     def forward(self, u, state=None, *, rate=1.0, method="scan"):
         """u (b, h, l), state (b, n) or None -> y (b, h, l), last state or None.
 
-        rate: factor on the step size: 2.0 for the same signal sampled half as often
-        method: scan, conv (of each state, by FFT) or step: the same numbers up to rounding
+        rate: 2.0 for the same signal sampled half as often, see (2)
+        method: scan, conv (of each state, by FFT) or step: the same numbers
         Raises ValueError for a u, state, rate or method that does not fit.
         """
         self.check_input(u, 3, state)
@@ -180,10 +180,10 @@ def linear_scan(a, v, x, T=32):
 
 
 def fft_scan(a, v, x):
-    """The same by FFT: each state convolves its input with the powers of a."""
+    """The same by FFT: each state convolves v with the powers of a. l zeros: no wrap."""
     l = v.shape[1]
     powers = torch.linalg.vander(a, N=l + 1).mT         # (l + 1, n)
-    a_k = powers[:l].to(v.dtype)                        # 2 l: no wrap from end to beginning
+    a_k = powers[:l].to(v.dtype)
     product = torch.fft.fft(v, 2 * l, dim=1) * torch.fft.fft(a_k, 2 * l, dim=0)
     states = torch.fft.ifft(product, dim=1)[:, :l]
     return states + (powers[1:] * x[:, None]).to(v.dtype)
@@ -195,7 +195,7 @@ def as_real(z):
 
 
 def full_precision(u):
-    """Switches autocast off: half precision is too coarse for the powers of A_bar."""
+    """Switch autocast off: half precision is too coarse for a long recurrence."""
     return torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False)
 
 

@@ -62,7 +62,7 @@ class LSSL(nn.Module):
     alpha: 0 forward Euler, 0.5 bilinear, 1 backward Euler, or in between
     channels: m outputs for each feature: channel c of feature i is output c h + i
     train_A: no, shared (one A and B for all features) or each (one for each feature)
-    train_dt: train dt
+    train_dt: whether dt is trained too
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
     lr: learning rate of A, B and dt, if trained, stored in ssm_lr for the optimizer
     """
@@ -248,7 +248,7 @@ def fft_conv(u, K):
 
 
 def full_precision(u):
-    """Switches autocast off: half precision is too coarse for the powers of A_bar."""
+    """Switch autocast off: half precision is too coarse for a long recurrence."""
     return torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False)
 
 

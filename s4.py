@@ -11,7 +11,7 @@ Each of the h features u(t) drives n states, x' = A x + B u, y = C x + D u. Samp
 
 What was wrong before. HiPPO-LegS, which makes long memory work, is dense, and cannot be
 diagonalized in floating point: its eigenvectors have entries that grow exponentially with
-n. So LSSL steps by dense matrices, in n^2 l operations, with n l numbers for each feature.
+n. So LSSL works with dense matrices: n^2 operations a step, n^3 log l a kernel.
 
 The idea. HiPPO is normal plus low rank, and a normal matrix has orthogonal eigenvectors V:
 
@@ -19,14 +19,14 @@ The idea. HiPPO is normal plus low rank, and a normal matrix has orthogonal eige
 
 In that basis, in which A, B, C and x are from here on, (2) has a generating function by a
 geometric series, with the bilinear transform, A_bar = (1 - dt/2 A)^{-1} (1 + dt/2 A),
-B_bar = (1 - dt/2 A)^{-1} dt B, and s = 2 / dt (1 - z) / (1 + z):
+B_bar = (1 - dt/2 A)^{-1} dt B, and s = 2 (1 - z) / (1 + z):
 
-    sum_k K_k z^k = C (1 - z A_bar)^{-1} B_bar = 2 / (1 + z) C (s - A)^{-1} B.     (4)
+    sum_k K_k z^k = C (1 - z A_bar)^{-1} B_bar = 2/(1+z) C (s - dt A)^{-1} dt B.   (4)
 
-R = (s - Lambda)^{-1} is diagonal, and the Woodbury identity leaves an r x r inverse. With
+R = dt (s - dt Lambda)^{-1} is diagonal, the Woodbury identity leaves an r x r inverse. With
 the Cauchy sums CB = C R B, CP = C R P, PB = P* R B and PP = P* R P,
 
-    C (s - A)^{-1} B = CB - CP (1 + PP)^{-1} PB.                                   (5)
+    C (s - dt A)^{-1} dt B = CB - CP (1 + PP)^{-1} PB.                             (5)
 
 An inverse FFT takes (4) on a circle back to K. A state x adds C A_bar^{k+1} x to y_k: that
 takes powers of the dense A_bar. By squaring, n^3 log l operations in matrix products, they
@@ -37,7 +37,7 @@ What the FFT adds to K_k is then q^M K_{k+M} + ..., nothing in a stable system. 
 circle, q = 1, the parameter must be C (1 - A_bar^l), for one length and one rate. Here C is
 C. And P P* for P Q* keeps a trained A stable (Goel et al., arXiv 2202.09729).
 
-Why bilinear? (4) needs s - A alone, zero-order hold the exponential of a dense matrix.
+Why bilinear? (4) needs s - dt A alone, zero-order hold the exponential of a dense matrix.
 
 Why n/2? Eigenvalues come in conjugate pairs, and the second of a pair adds the conjugate
 of what the first adds: C x over all n is 2 Re(C x) over n/2. P P* mixes x with its
@@ -45,7 +45,7 @@ conjugate, so state, step and discretize() use real numbers, [Re x; Im x].
 
 Symbols: b batch, h features of the SSM, n states (d_state), l length, m channels, r rank.
 u (b, h, l), y (b, m h, l); x (b, h, n); Lambda, B (h, n/2), P (r, h, n/2), C (m, h, n/2)
-complex; A_bar (h, n, n), B_bar (h, n), K (m, h, l); dt (h), D (m, h).
+complex; A_bar (h, n, n), B_bar (h, n), K (m h, l); dt (h), D (m, h).
 """
 
 import math
@@ -77,8 +77,8 @@ def hippo(measure, n):
     # fout, for initial_nplr checks the name
     B = 2 ** 0.5 * even
     B[0] = 1
-    S = torch.diag((math.pi * (i // 2) * (1 - even))[1:], -1)
-    return S - S.mT - torch.outer(B, B), B, B[None]
+    lower = torch.diag((math.pi * (i // 2) * (1 - even))[1:], -1)
+    return lower - lower.mT - torch.outer(B, B), B, B[None]
 
 
 def nplr(measure, n):
@@ -113,7 +113,7 @@ def cauchy_kernel(Lambda, P, B, C, dt, l, exact):
     log_q = math.log(2e-11 if exact else 1e-8) / M
     k = torch.arange(M, dtype=torch.float64, device=dt.device)
     j = k[:M // 2 + 1]
-    # s is dt s of (4). z = exp(-x), x = -log q + 2 pi i j / M: s = 2 tanh(x / 2)
+    # (4) at z = q exp(-2 pi i j / M): s = 2 tanh((2 pi i j / M - log q) / 2)
     s = 2 * torch.tanh(torch.complex(torch.full_like(j, -log_q), 2 * math.pi / M * j) / 2)
     w = dt[:, None] * Lambda                                            # (h, n/2)
     # v / (s - w) and its partner: 2 (s Re v - Re(v w*)) / (s^2 - 2 s Re w + |w|^2)
@@ -145,10 +145,10 @@ def cauchy_kernel(Lambda, P, B, C, dt, l, exact):
 # ---- the layer ----
 
 class S4(nn.Module):
-    """(b, h, l) -> (b, m h, l), with D, without activation and without mixing of features,
-    except in the block around it that gate and bottleneck make.
+    """(b, d_model, l) -> (b, m d_model, l), with D, without activation and without mixing
+    of features, except in the block around it that gate and bottleneck make.
 
-    d_model, d_state: h, and n (even)
+    d_model, d_state: h (with bottleneck, h = d_model / bottleneck), and n (even)
     mode: nplr, as above, or diag: A = Lambda, as in s4d.py
     measure: where A starts. nplr: legs, legt, fout, or hippo (legs and fout on alternating
         features); diag: see initial_diagonal, where legs stands for diag-legs
@@ -162,7 +162,7 @@ class S4(nn.Module):
     gate, bottleneck: the block of gss.py: W_o((W_y SSM(GELU(W_u u))) * GELU(W_v u)), with
         d_model * gate features in the gate, and the SSM on h = d_model / bottleneck;
         W_u and its GELU only with bottleneck
-    l_max: the length over which disc dss normalizes; sequences may be longer
+    l_max: the length, in steps at rate 1, over which disc dss normalizes; l may be longer
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
     lr: learning rate of dt, A and B, stored in ssm_lr for the optimizer; or a dict of
         these three (1e-3 if left out). 0.0 freezes
@@ -177,7 +177,7 @@ class S4(nn.Module):
         check(mode in ("nplr", "diag"), f"{mode=}: choose nplr or diag")
         discs = ["bilinear"] if mode == "nplr" else ["zoh", "bilinear", "dss"]
         disc = disc or discs[0]
-        check(disc in discs, f"{disc=}: mode {mode} has {discs}")
+        check(disc in discs, f"{disc=}: in mode {mode} choose from {discs}")
         check(disc != "dss" or l_max is not None and real_type != "none",
               f"{l_max=}, {real_type=}: disc dss needs a length, and Re Lambda < 0")
         check(real_type in ("exp", "relu", "none"),
@@ -253,12 +253,12 @@ class S4(nn.Module):
 
     def initial_state(self, batch_size):
         """x_{-1} = 0: (b, h, n) float64, for rounding adds up over the steps; in mode diag
-        (b, h, n/2) complex128. Of the SSM's h / bottleneck features."""
+        (b, h, n/2) complex128."""
         x = self.D.new_zeros(batch_size, self.h, self.n, dtype=torch.float64)
         return x if self.mode == "nplr" else torch.complex(*x.chunk(2, -1))
 
     def step(self, u, state, *, rate=1.0, discrete=None):
-        """(1) once: u (b, h), state as initial_state() -> y (b, m h), next state.
+        """(1) once: u (b, d_model), state -> y (b, m d_model), next state.
 
         discrete: what discretize() returned, to use it for many steps
         """
@@ -278,7 +278,7 @@ class S4(nn.Module):
             return self._kernel(l, rate).to(self.D.dtype).flatten(0, 1)
 
     def forward(self, u, state=None, *, rate=1.0, method="conv"):
-        """u (b, h, l), state as initial_state(), or None -> y (b, m h, l), last state.
+        """u (b, d_model, l), state or None -> y (b, m d_model, l), last state or None.
 
         rate: factor on dt: 2.0 for the same signal sampled half as often
         method: conv is (2), step is (1): the same numbers
@@ -323,7 +323,7 @@ class S4(nn.Module):
             low, high = squares(A_bar, l, u.dtype)
             x = times(A_bar, state.to(A_bar.dtype))     # it meets C at k = 0
             answers = response(C, low, high, torch.cat([B_bar[None], x]))[..., :l]
-            K = answers[0]                              # K is the answer to B_bar
+            K = answers[0]                              # K is the answer to the state B_bar
         D = F.pad(self.D[..., None], (0, l - 1))        # D u: an impulse at k = 0
         y = fft_conv(u[:, None], K[:m] + D)             # (b, m, h, l)
         if self.bidirectional:
@@ -336,10 +336,10 @@ class S4(nn.Module):
         return y.flatten(1, 2), last.to(A_bar.dtype)
 
     def check_input(self, u, dims, state):
-        """dims 2: u (b, h); dims 3: u (b, h, l); state as initial_state(), or None."""
+        """dims 2: u (b, d_model); dims 3: u (b, d_model, l); state as initial_state()."""
         fits = u.dim() == dims and u.shape[1] == self.d_model and u.numel() > 0
         check(fits and u.is_floating_point(),
-              f"u is {u.dtype} {tuple(u.shape)}: pass {self.d_model} features, {dims}-d")
+              f"u is {u.dtype} {tuple(u.shape)}: floats, {self.d_model} features, {dims}-d")
         if state is not None:
             check(not self.bidirectional, "bidirectional=True: it has no state, pass False")
             kind = state.is_complex() if self.mode == "diag" else state.is_floating_point()
@@ -474,7 +474,7 @@ def fft_conv(u, K):
 
 
 def full_precision(u):
-    """Switches autocast off: half precision is too coarse for the powers of A_bar."""
+    """Switch autocast off: half precision is too coarse for a long recurrence."""
     return torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False)
 
 
@@ -513,7 +513,7 @@ def discretize_diagonal(A, B, C, dt, disc, rate, l_max):
     W = B C and z = dt A at rate 1, see dss.py. The others have pairs, and so a factor 2."""
     if disc == "bilinear":
         return (1 + dt * A / 2) / (1 - dt * A / 2), dt * B / (1 - dt * A / 2), 2 * C
-    A = torch.where(A == 0, 1e-12, A)                   # there B_bar is its limit dt B
+    A = torch.where(A == 0, 1e-12, A)                   # there B_bar is its limit
     hold = torch.expm1(dt * A) / A
     if disc == "dss":
         x = A * torch.expm1(l_max * dt / rate * A)      # A, so that 1e-7 is that of DSS
@@ -552,14 +552,14 @@ def add_block(layer, gate, bottleneck):
 
 
 def enter_block(layer, u):
-    """Before the SSM: u (b, h, l) or (b, h)."""
+    """Before the SSM: u (b, d_model, l) -> (b, h, l), or without l."""
     if layer.input_linear is None:
         return u
     return F.gelu(channel_map(layer.input_linear, u))
 
 
 def leave_block(layer, y, u):
-    """After the SSM: y (b, m h, l) or (b, m h)."""
+    """After the SSM: y (b, m h, l) -> (b, m d_model, l), or without l."""
     if layer.input_gate is not None:
         y = channel_map(layer.output_gate, y) * F.gelu(channel_map(layer.input_gate, u))
     if layer.output_linear is not None:

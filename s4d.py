@@ -25,7 +25,7 @@ and (3) is the product of C B_bar with the powers of A_bar, a Vandermonde matrix
 
 Why complex, and why 2 Re? The eigenvalues of a real system come in conjugate pairs, as do
 B and C, and the second of a pair adds the conjugate of what the first adds. So n/2 are
-stored, and C x is to be read as 2 Re(C x), in (3) too.
+stored, and C x stands for 2 Re(C x), in (3) too.
 
 Why is B not trained? In (3) only the product C B_bar matters. B is 1.
 
@@ -63,14 +63,14 @@ class S4D(nn.Module):
         A = initial_A(measure, d_model, d_state, real_random, imag_random)      # (h, n/2)
         log_dt = math.log(dt_min) + torch.rand(d_model) * math.log(dt_max / dt_min)
         self.log_dt = nn.Parameter(log_dt)
-        self.log_A_real = nn.Parameter((-A.real).log().to(log_dt))      # of -Re A > 0
+        self.log_A_real = nn.Parameter((-A.real).log().to(log_dt))      # keeps Re A < 0
         self.A_imag = nn.Parameter(A.imag.to(log_dt))
         self.C = nn.Parameter(torch.randn(*A.shape, 2) * 0.5 ** 0.5)    # real, imaginary
         self.D = nn.Parameter(torch.randn(d_model))
         self.ssm_lr = {"log_dt": lr, "log_A_real": lr, "A_imag": lr}
 
     def discretize(self, rate=1.0):
-        """From (1) to (2) at step size rate * dt: A_bar, B_bar, 2 C, (h, n/2) complex128.
+        """(2) at step size rate * dt: A_bar, B_bar, 2 C, (h, n/2) complex128.
 
         In double precision, because an error of A_bar grows k-fold in A_bar^k.
         """
@@ -155,15 +155,14 @@ class S4D(nn.Module):
               "state: pass one of the shape and type of initial_state()")
 
 
-# ---- powers of A_bar ----
+# ---- powers of A_bar; below, n counts what is stored ----
 
 def two_digits(A_bar, l, dtype):
     """A_bar^{jT} (h, J, n) and A_bar^i (h, T, n), whose products are all A_bar^k, k < l.
 
     Time has two digits, k = jT + i, as with T = 10 the tens and the ones: about 2.5 sqrt(l)
     powers take the place of l, and with matrix products no (h, n, l) array appears.
-    i in turn is 8a + b, so that only m + 8 of the powers need double precision.
-    (n counts what is stored.)
+    i in turn counts eights and ones: only m + 8 of the powers need double precision.
     """
     m = max(1, int(l ** 0.5) // 4)                      # T = 8m, about 2 sqrt(l): fastest
     ones = torch.linalg.vander(A_bar, N=8).mT.contiguous()          # A_bar^i (h, 8, n)
@@ -207,7 +206,7 @@ def fft_conv(u, K):
 
 
 def full_precision(u):
-    """Switches autocast off: half precision is too coarse for the powers of A_bar."""
+    """Switch autocast off: half precision is too coarse for a long recurrence."""
     return torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False)
 
 

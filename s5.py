@@ -29,7 +29,7 @@ C x stands for 2 Re(C x). With conj_sym=False, p = n independent ones, and Re(C 
 
 Where it starts. Lambda are the eigenvalues of the normal part of HiPPO-LegS, of size
 n / blocks, once for each block. B and C are random, in the basis of its eigenvectors V:
-V^{-1} B = V* B and C V (paper, section 4).
+V^{-1} B = V* B and C V.
 
 Free-running dynamics from a state: layer(torch.zeros(b, h, n_steps), state).
 
@@ -99,7 +99,7 @@ class S5(nn.Module):
         self.ssm_lr = {"log_step": lr, "Lambda_re": lr, "Lambda_im": lr, "B": lr}
 
     def discretize(self, rate=1.0):
-        """From (1) to (2) at step size rate * dt: A_bar, B_bar, C, complex128.
+        """(2) at step size rate * dt: A_bar (p), B_bar (p, h), C (h, p) complex128.
 
         In double precision, because an error of A_bar grows k-fold in A_bar^k.
         """
@@ -141,8 +141,8 @@ class S5(nn.Module):
     def forward(self, u, state=None, *, rate=1.0, method="scan"):
         """u (b, h, l), state (b, p) or None -> y (b, h, l), last state or None.
 
-        rate: factor on the step size: 2.0 for the same signal sampled half as often
-        method: scan, conv (of each state, by FFT) or step: the same numbers up to rounding
+        rate: factor on dt: 2.0 for the same signal sampled half as often
+        method: scan, conv (of each state, by FFT) or step: the same numbers
         Raises ValueError for a u, state, rate or method that does not fit.
         """
         self.check_input(u, 3, state)
@@ -170,7 +170,7 @@ class S5(nn.Module):
         check(fits and u.is_floating_point(),
               f"u is {u.dtype} {tuple(u.shape)}: pass floats, {self.h} features, {dims}-d")
         check(state is None or not self.bidirectional,
-              "bidirectional=True: it reads the whole sequence, without a state or a step")
+              "bidirectional=True: it has no state, pass False")
         fits = state is None or state.shape == (len(u), self.p)
         check(fits and (state is None or state.is_complex()),
               "state: pass one of the shape and type of initial_state()")
@@ -218,10 +218,10 @@ def linear_scan(a, v, x, T=32):
 
 
 def fft_scan(a, v, x):
-    """The same by FFT: each state convolves its input with the powers of a."""
+    """The same by FFT: each state convolves v with the powers of a. l zeros: no wrap."""
     l = v.shape[1]
     powers = torch.linalg.vander(a, N=l + 1).mT         # (l + 1, n)
-    a_k = powers[:l].to(v.dtype)                        # 2 l: no wrap from end to beginning
+    a_k = powers[:l].to(v.dtype)
     product = torch.fft.fft(v, 2 * l, dim=1) * torch.fft.fft(a_k, 2 * l, dim=0)
     states = torch.fft.ifft(product, dim=1)[:, :l]
     return states + (powers[1:] * x[:, None]).to(v.dtype)
@@ -233,11 +233,11 @@ def as_real(z):
 
 
 def full_precision(u):
-    """Switches autocast off: half precision is too coarse for the powers of A_bar."""
+    """Switch autocast off: half precision is too coarse for a long recurrence."""
     return torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False)
 
 
-# ---- where A starts ----
+# ---- where Lambda and C start ----
 
 def make_HiPPO(n):
     """HiPPO-LegS (arXiv 2008.07669): -sqrt((2i+1)(2j+1)) for i > j, -(i+1) for i = j."""

@@ -47,7 +47,7 @@ class SelectiveSSM(nn.Module):
     d_model, d_state: d, and n
     dt_rank: W in (2) is a product with this inner size; auto is d / 16, rounded up
     dt_min, dt_max: step sizes start log-uniform in between, for u = 0
-    lr: None, or a learning rate of dt_proj, A and x_proj, for the optimizer: see ssm_lr
+    lr: learning rate of dt_proj, A and x_proj, stored in ssm_lr for the optimizer, or None
     """
 
     def __init__(self, d_model, d_state=16, *, dt_rank="auto", dt_min=1e-3, dt_max=1e-1,
@@ -203,7 +203,7 @@ def scan_blocks(dt, u, B, C, A, x, T=16):
     block really starts, one after the other; then all blocks at once again, from there.
 
     Time is k = jT + i. Slices made one at a time are faster than one large tensor. With P
-    the cumulative product of decays, cumsum(v / P) P would be shorter, but P underflows.
+    the cumulative product of decays, cumsum(dtBu / P) P would be shorter, but P underflows.
     """
     l = len(u)
     T = min(T, l)
@@ -214,8 +214,8 @@ def scan_blocks(dt, u, B, C, A, x, T=16):
     for B_i, dtu_i in zip(B.unbind(1), (dt * u).unbind(1)):
         inputs.append(B_i[..., None] * dtu_i[:, :, None])
     end = inputs[0]                                     # from x = 0
-    for decay, v in zip(decays[1:], inputs[1:]):
-        end = torch.addcmul(v, decay, end)              # (J, b, n, d)
+    for decay, dtBu in zip(decays[1:], inputs[1:]):
+        end = torch.addcmul(dtBu, decay, end)              # (J, b, n, d)
     starts = []
     block_decay = torch.exp(dt.sum(1)[:, :, None] * A)
     for decay_j, end_j in zip(block_decay.unbind(), end.unbind()):
@@ -223,8 +223,8 @@ def scan_blocks(dt, u, B, C, A, x, T=16):
         x = torch.addcmul(end_j, decay_j, x)            # (b, n, d)
     state = torch.stack(starts)
     outputs = []
-    for decay, v, C_i in zip(decays, inputs, C.unbind(1)):
-        state = torch.addcmul(v, decay, state)          # (J, b, n, d)
+    for decay, dtBu, C_i in zip(decays, inputs, C.unbind(1)):
+        state = torch.addcmul(dtBu, decay, state)          # (J, b, n, d)
         outputs.append((C_i[:, :, None] @ state)[:, :, 0])
     return torch.stack(outputs, 1).flatten(0, 1)[:l], x
 
@@ -266,10 +266,10 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None,
     given = {"u": (u, (b, d, l)), "A": (A, (d, n)), "delta": (delta, (b, d, l)),
              "B": (B, (b, n, l)), "C": (C, (b, n, l)), "D": (D, (d,)), "z": (z, (b, d, l)),
              "delta_bias": (delta_bias, (d,)), "initial_state": (initial_state, (b, d, n))}
-    for name, (x, shape) in given.items():
-        if x is not None:
-            check(x.shape == shape and x.is_floating_point() and x.numel() > 0,
-                  f"{name} is {x.dtype} {tuple(x.shape)}: pass floats {shape}")
+    for name, (t, shape) in given.items():
+        if t is not None:
+            check(t.shape == shape and t.is_floating_point() and t.numel() > 0,
+                  f"{name} is {t.dtype} {tuple(t.shape)}: pass floats {shape}")
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
     with full_precision(u):
         dt = delta.to(dtype)
@@ -311,12 +311,12 @@ def channel_map(linear, u):
 
 
 def full_precision(u):
-    """Switches autocast off: half precision is too coarse for the powers of A_bar."""
+    """Switch autocast off: half precision is too coarse for a long recurrence."""
     return torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False)
 
 
 def check_input(u, dims, features):
-    """u (b, h) for dims 2, (b, h, l) for dims 3."""
+    """dims 2: u (b, features); dims 3: u (b, features, l)."""
     fits = u.dim() == dims and u.shape[1] == features and u.numel() > 0
     check(fits and u.is_floating_point(),
           f"u is {u.dtype} {tuple(u.shape)}: pass floats, {features} features, {dims}-d")
