@@ -338,8 +338,8 @@ class S4(nn.Module):
     def check_input(self, u, dims, state):
         """dims 2: u (b, d_model); dims 3: u (b, d_model, l); state as initial_state()."""
         fits = u.dim() == dims and u.shape[1] == self.d_model and u.numel() > 0
-        check(fits and u.is_floating_point(),
-              f"u is {u.dtype} {tuple(u.shape)}: floats, {self.d_model} features, {dims}-d")
+        check(fits and u.is_floating_point(), f"u is {u.dtype} {tuple(u.shape)}: "
+              f"pass floats, {self.d_model} features, {dims}-d")
         if state is not None:
             check(not self.bidirectional, "bidirectional=True: it has no state, pass False")
             kind = state.is_complex() if self.mode == "diag" else state.is_floating_point()
