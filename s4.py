@@ -2,7 +2,6 @@
 
     Gu, Goel, Re: Efficiently Modeling Long Sequences with Structured State Spaces (2021),
     arXiv 2111.00396.                                 Try it: python s4.py
-    The options: How to Train Your HiPPO (2022), arXiv 2206.12037, and S4D, 2206.11893.
 
 Each of the h features u(t) drives n states, x' = A x + B u, y = C x + D u. Sampled:
 
@@ -10,8 +9,8 @@ Each of the h features u(t) drives n states, x' = A x + B u, y = C x + D u. Samp
     y = K * u + D u,    K_k = C A_bar^k B_bar.                                     (2)
 
 What was wrong before. HiPPO-LegS, which makes long memory work, is dense, and cannot be
-diagonalized in floating point: its eigenvectors have entries that grow exponentially with
-n. So LSSL works with dense matrices: n^2 operations a step, n^3 log l a kernel.
+diagonalized in floating point: its eigenvectors grow exponentially with n. So LSSL works
+with dense matrices: n^2 operations a step, n^3 log l a kernel.
 
 The idea. HiPPO is normal plus low rank, and a normal matrix has orthogonal eigenvectors V:
 
@@ -28,20 +27,19 @@ the Cauchy sums CB = C R B, CP = C R P, PB = P* R B and PP = P* R P,
 
     C (s - dt A)^{-1} dt B = CB - CP (1 + PP)^{-1} PB.                             (5)
 
-An inverse FFT takes (4) on a circle back to K. A state x adds C A_bar^{k+1} x to y_k: that
-takes powers of the dense A_bar. By squaring, n^3 log l operations in matrix products, they
-are also the faster way to K for l > 32 n.
+An inverse FFT takes (4) on a circle back to K. A state needs powers of the dense A_bar, for
+x adds C A_bar^{k+1} x to y_k. By squaring they take n^3 log l operations in matrix
+products, and are also the faster way to K for l > 32 n.
 
-Differs from the paper: the circle has a radius q < 1, with M >= l nodes and q^M = 1e-8.
-What the FFT adds to K_k is then q^M K_{k+M} + ..., nothing in a stable system. On the unit
-circle, q = 1, the parameter must be C (1 - A_bar^l), for one length and one rate. Here C is
-C. And P P* for P Q* keeps a trained A stable (Goel et al., arXiv 2202.09729).
+Differs from the paper: the circle has a radius q < 1, with q^l = 1e-8. What the FFT adds to
+K_k is then q^l K_{k+l} + ..., nothing in a stable system. On the unit circle the parameter
+must be C (1 - A_bar^l), for one length and one rate. Here C is C. And P P* for P Q* keeps a
+trained A stable (arXiv 2202.09729). Why bilinear? (4) needs s - dt A alone, zero-order hold
+the exponential of a dense matrix.
 
-Why bilinear? (4) needs s - dt A alone, zero-order hold the exponential of a dense matrix.
-
-Why n/2? Eigenvalues come in conjugate pairs, and the second of a pair adds the conjugate
-of what the first adds: C x over all n is 2 Re(C x) over n/2. P P* mixes x with its
-conjugate, so state, step and discretize() use real numbers, [Re x; Im x].
+Why n/2? Eigenvalues come in conjugate pairs, and the second of a pair adds the conjugate of
+what the first adds: C x over all n is 2 Re(C x) over n/2. P P* mixes x with its conjugate,
+so state, step and discretize() use real numbers, Re x and Im x in turn.
 
 Symbols: b batch, h features of the SSM, n states (d_state), l length, m channels, r rank.
 u (b, h, l), y (b, m h, l); x (b, h, n); Lambda, B (h, n/2), P (r, h, n/2), C (m, h, n/2)
@@ -102,20 +100,18 @@ def nplr(measure, n):
 
 # ---- the kernel ----
 
-def cauchy_kernel(Lambda, P, B, C, dt, l, exact):
+def cauchy_kernel(Lambda, P, B, C, dt, l):
     """(4) and (5): K_0 ... K_{l-1}, (m, h, l) float64, from halves of conjugate pairs.
 
-    Rounding, amplified by q^{-k}, is as small as q^M. exact: q^M = 2e-11 and M = 2l.
-    For fout (5) subtracts numbers of size dt |P|^2: digits of K are lost at dt > 20, and at
-    dt = 150 the gradient of its tiny Re Lambda has a relative error of 2e-4.
+    Good to 1e-8: rounding, amplified by q^{-k}, is as small as q^l. For fout, (5) subtracts
+    numbers of size dt |P|^2: for dt > 20 digits get lost, first in the gradient of Lambda.
     """
-    M = 2 * l if exact else l
-    log_q = math.log(2e-11 if exact else 1e-8) / M
-    k = torch.arange(M, dtype=torch.float64, device=dt.device)
-    j = k[:M // 2 + 1]
-    # (4) at z = q exp(-2 pi i j / M): s = 2 tanh((2 pi i j / M - log q) / 2)
-    s = 2 * torch.tanh(torch.complex(torch.full_like(j, -log_q), 2 * math.pi / M * j) / 2)
-    w = dt[:, None] * Lambda                                            # (h, n/2)
+    log_q = math.log(1e-8) / l
+    k = torch.arange(l, dtype=torch.float64, device=dt.device)
+    j = k[:l // 2 + 1]
+    # (4) at z = q exp(-2 pi i j / l): s = 2 tanh((2 pi i j / l - log q) / 2)
+    s = 2 * torch.tanh(torch.complex(torch.full_like(j, -log_q), 2 * math.pi / l * j) / 2)
+    w = dt * Lambda                                                     # (h, n/2)
     # v / (s - w) and its partner: 2 (s Re v - Re(v w*)) / (s^2 - 2 s Re w + |w|^2)
     square = w.real ** 2 + w.imag ** 2
     twice = -2 * w.real[..., None].to(s.dtype)
@@ -130,7 +126,7 @@ def cauchy_kernel(Lambda, P, B, C, dt, l, exact):
         return (s * v[:, 0] + v[:, 1]).permute(0, 3, 1, 2)
 
     m = len(C)
-    sums = cauchy(torch.cat([C, P.conj()]), dt[:, None] * torch.cat([B[None], P]))
+    sums = cauchy(torch.cat([C, P.conj()]), dt * torch.cat([B[None], P]))
     CB, CP = sums[..., :m, :1], sums[..., :m, 1:]
     PB, PP = sums[..., m:, :1], sums[..., m:, 1:]
     if len(P) == 1:
@@ -138,8 +134,8 @@ def cauchy_kernel(Lambda, P, B, C, dt, l, exact):
     else:
         one = torch.eye(len(P), dtype=s.dtype, device=s.device)
         K = CB - CP @ torch.linalg.solve(one + PP, PB)
-    K = torch.fft.irfft((1 + s / 2) * K[..., 0].permute(2, 0, 1), M)    # 2/(1+z) = 1 + s/2
-    return (K * torch.exp(-log_q * k))[..., :l]
+    K = torch.fft.irfft((1 + s / 2) * K[..., 0].permute(2, 0, 1), l)    # 2/(1+z) = 1 + s/2
+    return K * torch.exp(-log_q * k)
 
 
 # ---- the layer ----
@@ -191,8 +187,6 @@ class S4(nn.Module):
         h = d_model // (bottleneck or 1)
         copies = h if n_ssm is None else n_ssm
         check(copies > 0 and h % copies == 0, f"{n_ssm=}: pass a divisor of {h}")
-        check(copies % 2 == 0 or measure not in ("hippo", "diag"),
-              f"{measure=}, {n_ssm=}: alternates, pass even numbers of features and n_ssm")
         self.d_model, self.h, self.n, self.channels = d_model, h, d_state, channels
         self.mode, self.disc, self.real_type, self.l_max = mode, disc, real_type, l_max
         self.bidirectional = bidirectional
@@ -205,7 +199,9 @@ class S4(nn.Module):
             B = torch.ones_like(Lambda)
         log_dt = math.log(dt_min) + torch.rand(h) * math.log(dt_max / dt_min)
         self.log_dt = nn.Parameter(log_dt)
-        self.log_A_real = nn.Parameter(initial_real(Lambda, real_type).to(log_dt))
+        real = (-Lambda.real).clamp(min=1e-4)               # is 0 in legt and fout
+        real = real.log() if real_type == "exp" else real
+        self.log_A_real = nn.Parameter(real.to(log_dt))
         self.A_imag = nn.Parameter(Lambda.imag.to(log_dt))
         self.P = None if P is None else nn.Parameter(torch.view_as_real(P).to(log_dt))
         self.B = nn.Parameter(torch.view_as_real(B).to(log_dt))
@@ -216,7 +212,7 @@ class S4(nn.Module):
         add_block(self, gate, bottleneck)
 
     def continuous(self, rate):
-        """Lambda, P (None in mode diag), B, C complex128 and dt, for each feature."""
+        """Lambda, P (None in mode diag), B, C complex128 and dt (h, 1), for each feature."""
         if not 0 < rate < math.inf:
             raise ValueError(f"{rate=}: pass a positive number")
         check(self.D.dtype in (torch.float32, torch.float64),
@@ -233,29 +229,26 @@ class S4(nn.Module):
         P = None
         if self.P is not None:
             P = torch.view_as_complex(self.P.double()).tile(repeats, 1)   # (r, h, n/2)
-        return Lambda, P, B, C, rate * self.log_dt.double().exp()
+        return Lambda, P, B, C, rate * self.log_dt.double().exp()[:, None]
 
     def discretize(self, rate=1.0):
         """(1) at step size rate * dt: A_bar (h, n, n), B_bar (h, n), C (m, h, n) float64;
-        in mode diag A_bar, B_bar (h, n/2), C (m, h, n/2) complex128.
+        in mode diag A_bar (h, n/2) complex128.
 
         In double precision, because an error of A_bar grows k-fold in A_bar^k.
         """
-        Lambda, P, B, C, dt = self.continuous(rate)
-        dt = dt[:, None]
         if self.mode == "diag":
-            return discretize_diagonal(Lambda, B, C, dt, self.disc, rate, self.l_max)
+            return discretize_diagonal(self, rate)
+        Lambda, P, B, C, dt = self.continuous(rate)
         half = dt[..., None] / 2 * real_form(Lambda, P)         # dt/2 A, (h, n, n)
         one = torch.eye(self.n, dtype=half.dtype, device=half.device)
-        right = torch.cat([one + half, (dt * stack(B))[..., None]], -1)
+        right = torch.cat([one + half, (dt * as_real(B))[..., None]], -1)
         solved = torch.linalg.solve(one - half, right)          # bilinear, as in (4)
-        return solved[..., :-1], solved[..., -1], 2 * stack(C.conj())   # 2 for the pairs
+        return solved[..., :-1], solved[..., -1], 2 * as_real(C.conj())    # 2 for the pairs
 
     def initial_state(self, batch_size):
-        """x_{-1} = 0: (b, h, n) float64, for rounding adds up over the steps; in mode diag
-        (b, h, n/2) complex128."""
-        x = self.D.new_zeros(batch_size, self.h, self.n, dtype=torch.float64)
-        return x if self.mode == "nplr" else torch.complex(*x.chunk(2, -1))
+        """x_{-1} = 0: (b, h, n) float64, for rounding adds up over the steps."""
+        return self.D.new_zeros(batch_size, self.h, self.n, dtype=torch.float64)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(1) once: u (b, d_model), state -> y (b, m d_model), next state.
@@ -265,8 +258,8 @@ class S4(nn.Module):
         self.check_input(u, 2, state)
         A_bar, B_bar, C = discrete or self.discretize(rate)
         v = enter_block(self, u)
-        x = times(A_bar, state.to(A_bar.dtype)) + B_bar * v[..., None]          # (b, h, n)
-        y = (C * x[:, None]).sum(-1).real + self.D * v[:, None]                 # (b, m, h)
+        x = times(A_bar, state.double()) + B_bar * v[..., None]         # (b, h, n)
+        y = (C * x[:, None]).sum(-1) + self.D * v[:, None]              # (b, m, h)
         return leave_block(self, y.flatten(1), u), x
 
     def kernel(self, l, rate=1.0):
@@ -303,15 +296,17 @@ class S4(nn.Module):
         return torch.stack(outputs, -1), None if state is None else x
 
     def _kernel(self, l, rate):
-        if self.mode == "nplr" and l <= 32 * self.n and self.real_type != "none":
-            exact = self.D.dtype == torch.float64
-            return cauchy_kernel(*self.continuous(rate), l, exact)
+        short = self.mode == "nplr" and l <= 32 * self.n
+        if short and self.D.dtype == torch.float32 and self.real_type != "none":
+            return cauchy_kernel(*self.continuous(rate), l)
         # Matrix products are fast: from 32 n steps on, n^3 log l operations in them take
-        # less time than n l / 2 Cauchy terms, and far less memory. States may also grow.
-        A_bar, B_bar, C = self.discretize(rate)
+        # less time than n l / 2 Cauchy terms, and far less memory. They also have the
+        # digits of double precision, and states may grow.
         dtype = torch.float64 if self.mode == "nplr" else self.D.dtype
+        A_bar, B_bar, C = self.discretize(rate)
         low, high = squares(A_bar, l, dtype)
-        return response(C, low, high, B_bar[None])[0, ..., :l]          # (m, h, l)
+        K = response(C.to(dtype), low, high, B_bar[None].to(dtype))
+        return K[0, ..., :l]                            # (m, h, l)
 
     def _convolution(self, u, state, rate):
         l = u.shape[-1]
@@ -321,7 +316,8 @@ class S4(nn.Module):
         else:
             A_bar, B_bar, C = self.discretize(rate)
             low, high = squares(A_bar, l, u.dtype)
-            x = times(A_bar, state.to(A_bar.dtype))     # it meets C at k = 0
+            x = times(A_bar, state.double())            # it meets C at k = 0
+            B_bar, C, x = B_bar.to(u), C.to(u), x.to(u)
             answers = response(C, low, high, torch.cat([B_bar[None], x]))[..., :l]
             K = answers[0]                              # K is the answer to the state B_bar
         D = F.pad(self.D[..., None], (0, l - 1))        # D u: an impulse at k = 0
@@ -331,21 +327,19 @@ class S4(nn.Module):
             y = y + F.pad(future[..., 1:], (0, 1))      # one step later
         if state is None:
             return y.flatten(1, 2), None
-        y = y + answers[1:]
-        last = advance(low + high, x, l - 1) + state_of_input(u, B_bar, low, high)
-        return y.flatten(1, 2), last.to(A_bar.dtype)
+        last = final_state(x, u, B_bar, low, high)
+        return (y + answers[1:]).flatten(1, 2), last.double()
 
     def check_input(self, u, dims, state):
         """dims 2: u (b, d_model); dims 3: u (b, d_model, l); state as initial_state()."""
         fits = u.dim() == dims and u.shape[1] == self.d_model and u.numel() > 0
         check(fits and u.is_floating_point(), f"u is {u.dtype} {tuple(u.shape)}: "
               f"pass floats, {self.d_model} features, {dims}-d")
-        if state is not None:
-            check(not self.bidirectional, "bidirectional=True: it has no state, pass False")
-            kind = state.is_complex() if self.mode == "diag" else state.is_floating_point()
-            n = self.n // 2 if self.mode == "diag" else self.n
-            check(state.shape == (len(u), self.h, n) and kind,
-                  "state: pass one of the shape and type of initial_state()")
+        check(state is None or not self.bidirectional,
+              "bidirectional=True: it has no state, pass False")
+        fits = state is None or state.shape == (len(u), self.h, self.n)
+        check(fits and (state is None or state.is_floating_point()),
+              "state: pass one of the shape and type of initial_state()")
 
 
 # ---- where A starts, and its real form ----
@@ -353,9 +347,10 @@ class S4(nn.Module):
 def initial_nplr(measure, copies, n, rank):
     """Lambda (copies, n/2), P (r, copies, n/2), B (copies, n/2) complex128."""
     if measure == "hippo":
-        legs = initial_nplr("legs", copies // 2, n, rank)
-        fout = initial_nplr("fout", copies // 2, n, rank)
-        return [alternate(a, b) for a, b in zip(legs, fout)]
+        start = initial_nplr("legs", copies, n, rank)
+        for legs, fout in zip(start, initial_nplr("fout", copies, n, rank)):
+            legs[..., 1::2, :] = fout[..., 1::2, :]     # every second feature
+        return start
     check(measure in ("legs", "legt", "fout"),
           f"{measure=}: choose legs, legt, fout or hippo")
     Lambda, P, B, _ = nplr(measure, n)
@@ -366,35 +361,20 @@ def initial_nplr(measure, copies, n, rank):
     return Lambda.repeat(copies, 1), P, B.repeat(copies, 1)
 
 
-def alternate(a, b):
-    """Features of a and b in turn: (.., copies / 2, n/2) each -> (.., copies, n/2)."""
-    return torch.stack([a, b], -2).flatten(-3, -2)
-
-
-def initial_real(Lambda, real_type):
-    """The parameter of -Re Lambda, which is 0 in legt and fout: there 1e-4, relu 2e-4."""
-    real = (-Lambda.real).clamp(min=1e-4)
-    if real_type == "exp":
-        return real.log()
-    if real_type == "relu":
-        return (real - 1e-4).clamp(min=1e-4)
-    return real
-
-
 def real_form(Lambda, P):
-    """Lambda - P P* acting on [Re x; Im x]: (h, n/2), (r, h, n/2) -> (h, n, n)."""
-    a = torch.diag_embed(Lambda.real)
-    b = torch.diag_embed(Lambda.imag)
-    rotation = torch.cat([torch.cat([a, -b], -1), torch.cat([b, a], -1)], -2)
-    return rotation - 2 * torch.einsum("rhi,rhj->hij", stack(P), stack(P))
+    """Lambda - P P* as a matrix for as_real(x): (h, n/2), (r, h, n/2) -> (h, n, n)."""
+    one = torch.eye(2 * Lambda.shape[-1], dtype=torch.float64, device=Lambda.device)
+    columns = times(Lambda, one[:, None])                               # (n, h, n)
+    P = as_real(P)
+    return columns.permute(1, 2, 0) - 2 * torch.einsum("rhi,rhj->hij", P, P)
 
 
-def stack(x):
-    """[Re x; Im x]: (.., n/2) complex -> (.., n) real."""
-    return torch.cat([x.real, x.imag], -1)
+def as_real(z):
+    """(.., n) complex as (.., 2n) real: Re(v w) is as_real(v) times as_real(w conj)."""
+    return torch.view_as_real(z.resolve_conj()).flatten(-2)
 
 
-# ---- powers of A_bar, as in lssl.py; mode diag: a vector (h, n), where n is n/2 ----
+# ---- powers of A_bar, as in lssl.py ----
 
 def squares(A_bar, l, dtype):
     """A_bar, A_bar^2, A_bar^4, ... in two lists: below A_bar^T, and from it on.
@@ -406,7 +386,7 @@ def squares(A_bar, l, dtype):
     powers = [A_bar]
     while 2 ** len(powers) < l:
         A = powers[-1]
-        powers.append(A * A if A.dim() == 2 else A @ A)
+        powers.append(A * A if A.is_complex() else A @ A)
     half = len(powers) // 2 + 1                         # T = 2^half
     if A_bar.is_complex():
         dtype = dtype.to_complex()
@@ -415,9 +395,9 @@ def squares(A_bar, l, dtype):
 
 
 def times(A, x):
-    """A x: A (h, n, n), or (h, n) for a diagonal one; x (.., h, n) -> (.., h, n)."""
-    if A.dim() == 2:
-        return A * x
+    """A x: A (h, n, n), or (h, n/2) complex in mode diag; x (.., h, n) -> (.., h, n)."""
+    if A.is_complex():
+        return as_real(A * torch.view_as_complex(x.unflatten(-1, (-1, 2))))
     return torch.einsum("hij,...hj->...hi", A, x)
 
 
@@ -430,39 +410,24 @@ def krylov(powers, x):
 
 
 def response(C, low, high, x):
-    """Re C A_bar^k x: C (m, h, n), states x (b, h, n) -> (b, m, h, JT)."""
-    low = [A if A.dim() == 2 else A.mT for A in low]
-    C = krylov(low, C.to(low[0].dtype))                     # C A_bar^i, (T, m, h, n)
-    x = krylov(high, x.to(low[0].dtype))                    # A_bar^{jT} x, (J, b, h, n)
-    return torch.einsum("jbhn,imhn->bmhji", reals(x), reals(C.conj())).flatten(-2)
+    """C A_bar^k x: C (m, h, n), states x (b, h, n) -> (b, m, h, JT)."""
+    rows = [A.conj() if A.is_complex() else A.mT for A in low]
+    C = krylov(rows, C)                                     # C A_bar^i, (T, m, h, n)
+    x = krylov(high, x)                                     # A_bar^{jT} x, (J, b, h, n)
+    return torch.einsum("jbhn,imhn->bmhji", x, C).flatten(-2)
 
 
-def state_of_input(u, B_bar, low, high):
-    """sum_k A_bar^{l-1-k} B_bar u_k, the state that u (b, h, l) leaves: (b, h, n)."""
-    T = 2 ** len(low)
-    J = 2 ** len(high)
-    B_bar = krylov(low, B_bar.to(low[0].dtype)).flip(0)     # (T, h, n), last i: power 0
-    u = F.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))        # zeros in front
-    x = torch.einsum("bhji,ihn->jbhn", u, reals(B_bar))             # each block of T steps
-    if B_bar.is_complex():
-        x = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+def final_state(x, u, B_bar, low, high):
+    """A_bar^{l-1} x + sum_k A_bar^{l-1-k} B_bar u_k: x (b, h, n), u (b, h, l)."""
+    l, T, J = u.shape[-1], 2 ** len(low), 2 ** len(high)
+    for digit, A in enumerate(low + high):              # the binary digits of l - 1
+        x = torch.stack([x, times(A, x)])[l - 1 >> digit & 1]   # compiles with any l
+    B_bar = krylov(low, B_bar).flip(0)                  # (T, h, n), the last i: power 0
+    u = F.pad(u, (J * T - l, 0)).unflatten(-1, (J, T))  # zeros in front
+    blocks = torch.einsum("bhji,ihn->jbhn", u, B_bar)   # each block of T steps
     for A in high:                                      # two blocks in a row are one
-        x = times(A, x[::2]) + x[1::2]
-    return x[0]
-
-
-def reals(z):
-    """(.., n) complex as (.., 2n) real: Re(v w) is reals(v) times reals(w conj). What is
-    real stays as it is."""
-    return torch.view_as_real(z.resolve_conj()).flatten(-2) if z.is_complex() else z
-
-
-def advance(powers, x, k):
-    """A^k x by the binary digits of k: A, A^2, A^4, ..; x (b, h, n) -> (b, h, n)."""
-    x = x.to(powers[0].dtype)
-    for digit, A in enumerate(powers):
-        x = torch.stack([x, times(A, x)])[k >> digit & 1]       # compiles with any k
-    return x
+        blocks = times(A, blocks[::2]) + blocks[1::2]
+    return x + blocks[0]
 
 
 def fft_conv(u, K):
@@ -483,8 +448,8 @@ def full_precision(u):
 def initial_diagonal(measure, copies, n):
     """Lambda (copies, n/2) complex128 of mode diag (arXiv 2206.11893, section 4).
 
-    diag-lin, diag-inv, diag-quad, diag-real, diag-legs; diag: diag-inv and diag-lin on
-    alternating features; diag-rand, for dt_min = dt_max = 1: -Re log-uniform in (1e-3, 1)
+    diag: diag-inv and diag-lin on alternating features. diag-rand, for dt_min = dt_max = 1,
+    is that of gss.py: -Re log-uniform in (1e-3, 1)
     """
     i = torch.arange(n // 2, dtype=torch.float64).repeat(copies, 1)
     real = torch.full_like(i, -0.5)
@@ -502,24 +467,32 @@ def initial_diagonal(measure, copies, n):
     if measure == "diag-rand":
         return torch.complex(-(1e-3 ** torch.rand_like(i)), math.pi * torch.rand_like(i))
     if measure == "diag":
-        return alternate(initial_diagonal("diag-inv", copies // 2, n),
-                         initial_diagonal("diag-lin", copies // 2, n))
+        Lambda = initial_diagonal("diag-inv", copies, n)
+        Lambda[1::2] = initial_diagonal("diag-lin", copies, n)[1::2]
+        return Lambda
     raise ValueError(f"{measure=}: choose legs, diag, diag-lin, -inv, -quad, -real, -legs "
                      "or -rand")
 
 
-def discretize_diagonal(A, B, C, dt, disc, rate, l_max):
-    """A_bar, B_bar (h, n/2), C (m, h, n/2) complex128. dss: C = W / (e^{l_max z} - 1) with
-    W = B C and z = dt A at rate 1, see dss.py. The others have pairs, and so a factor 2."""
-    if disc == "bilinear":
-        return (1 + dt * A / 2) / (1 - dt * A / 2), dt * B / (1 - dt * A / 2), 2 * C
+def discretize_diagonal(layer, rate):
+    """discretize() of mode diag, where A_bar is a vector (h, n/2) complex128.
+
+    disc dss is zero-order hold with B = 1 and, z being dt A at rate 1,
+    C = B C / (e^{l_max z} - 1) / 2: dss.py, where modes do not come in pairs.
+    """
+    A, _, B, C, dt = layer.continuous(rate)
     A = torch.where(A == 0, 1e-12, A)                   # there B_bar is its limit
-    hold = torch.expm1(dt * A) / A
-    if disc == "dss":
-        x = A * torch.expm1(l_max * dt / rate * A)      # A, so that 1e-7 is that of DSS
-        C = B * C * A * x.conj() / (x.abs() ** 2 + 1e-7)
-        return torch.exp(dt * A), hold, C
-    return torch.exp(dt * A), hold * B, 2 * C
+    if layer.disc == "dss":
+        x = A * torch.expm1(layer.l_max * dt / rate * A)        # A: for 1e-7 as in dss.py
+        C = B * C * A * x.conj() / (x.abs() ** 2 + 1e-7) / 2
+        B = torch.ones_like(B)
+    if layer.disc == "bilinear":
+        A_bar = (1 + dt * A / 2) / (1 - dt * A / 2)
+        B_bar = dt * B / (1 - dt * A / 2)
+    else:
+        A_bar = torch.exp(dt * A)
+        B_bar = torch.expm1(dt * A) / A * B
+    return A_bar, as_real(B_bar), 2 * as_real(C.conj())
 
 
 # ---- what the options add: learning rates, and the block of gss.py ----

@@ -213,11 +213,11 @@ def nplr_matrix(Lambda, P):
 
 
 def s4_nplr(p, u, state=None, rate=1.0, real_type="exp"):
-    """S4, bilinear: state (b, h, n) REAL = [Re x; Im x]. y = 2 Re(C x) + D u.
+    """S4, bilinear: state (b, h, n/2), the other half is its conjugate. y = 2 Re(C x) + D u.
 
     p: as `s4d`, and P (r, s, n/2, 2).
     """
-    h, half = u.shape[1], p["A_imag"].shape[-1]
+    h = u.shape[1]
     Lambda, B = copies(eigenvalues(p, real_type), h), copies(to_complex(p["B"]), h)
     P = np.stack([copies(column, h) for column in to_complex(p["P"])])
     C, D = with_channels(p)
@@ -225,15 +225,16 @@ def s4_nplr(p, u, state=None, rate=1.0, real_type="exp"):
     for i, dt in enumerate(np.exp(p["log_dt"])):
         A = nplr_matrix(Lambda[i], P[:, i])
         systems.append((*bilinear(A, conjugate_pairs(B[i]), rate * dt), C[:, i], D[:, i]))
-    x = None if state is None else state[..., :half] + 1j * state[..., half:]
-    y, x = simulate_pairs(systems, u, x)
-    return y, np.concatenate([x.real, x.imag], axis=-1)
+    return simulate_pairs(systems, u, state)
 
 
 def s4(p, u, state=None, rate=1.0, mode="nplr", **options):
-    """S4 in either mode, with the block around it."""
+    """S4 in either mode, with the block around it: state (b, h, n) REAL, Re x and Im x in
+    turn."""
     ssm = s4d if mode == "diag" else s4_nplr
-    return block(p, u, lambda v: ssm(p, v, state, rate, **options))
+    x = None if state is None else state[..., ::2] + 1j * state[..., 1::2]
+    y, x = block(p, u, lambda v: ssm(p, v, x, rate, **options))
+    return y, np.stack([x.real, x.imag], -1).reshape(*x.shape[:-1], -1)
 
 
 def gss(p, u, state=None, rate=1.0):

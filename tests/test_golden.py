@@ -59,6 +59,12 @@ def diagonal(g, prefix=""):
             "log_A_real": np.log(-A.real)}
 
 
+def real_states(g):
+    """The states of S4: (b, h, n) real, Re x and Im x in turn."""
+    return {name: pair(g[name]).reshape(*g[name].shape[:-1], -1)
+            for name in ("x0", "xL", "xL_step") if name in g}
+
+
 @pytest.mark.parametrize("disc", ["zoh", "bilinear"])
 def test_s4d(disc):
     g = golden(f"s4d_{disc}")
@@ -71,7 +77,7 @@ def test_s4d(disc):
     assert error(C_bar, 2 * C) <= 1e-12
     check(case, layer, g | {name: g[name] / g["B"] for name in ("x0", "xL", "xL_step")})
     check(*load(s4_case("s4", mode="diag", disc=disc), h, 2 * half, B=pair(g["B"]),
-                C=pair(g["C"])[None], D=g["D"][None], **diagonal(g)), g)
+                C=pair(g["C"])[None], D=g["D"][None], **diagonal(g)), g | real_states(g))
 
 
 def test_s4d_minimal():
@@ -89,11 +95,10 @@ def test_s4_nplr(measure):
     case, layer = load(s4_case("s4", measure=measure), h, 2 * half, B=pair(g["B"]),
                        P=pair(g["P"]), C=pair(g["C_true"])[None], D=g["D"][None],
                        **diagonal(g | {"A": g["w"]}))
-    states = {name: np.concatenate([g[name].real, g[name].imag], -1)
-              for name in ("x0", "xL", "xL_step")}
-    check(case, layer, g | states)
+    check(case, layer, g | real_states(g))
     one = np.eye(half)
-    both = np.block([[one, 1j * one], [one, -1j * one]])    # [Re x; Im x] -> [x; conj x]
+    both = np.kron(np.block([[one], [one]]), [1, 1j])       # Re x, Im x -> [x; conj x]
+    both[half:] = both[half:].conj()
     A_bar, B_bar, C = (matrix.detach().numpy() for matrix in layer.discretize())
     assert error(both @ A_bar, g["dA"] @ both) <= 1e-12
     assert error(B_bar @ both.T, g["dB"]) <= 1e-12 and error(C[0], g["dC"] @ both) <= 1e-10
