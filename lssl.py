@@ -131,7 +131,8 @@ class LSSL(nn.Module):
         A_bar, B_bar, C = self.discretize(rate)
         with full_precision(self.D):
             low, high = squares(A_bar, l, self.D.dtype)
-            return response(C, low, high, B_bar[None])[0, ..., :l].flatten(0, 1)
+            K = response(C.to(self.D), low, high, B_bar[None].to(self.D))
+        return K[0, ..., :l].flatten(0, 1)
 
     def forward(self, u, state=None, *, rate=1.0, method="conv"):
         """u (b, h, l), state (b, h, n) or None -> y (b, m h, l), last state or None.
@@ -163,14 +164,14 @@ class LSSL(nn.Module):
         x = B_bar[None]                                 # K is the answer to the state B_bar
         if state is not None:
             x = torch.cat([x, times(A_bar, state.double())])            # (1 + b, h, n)
-        answers = response(C, low, high, x)[..., :l]                    # (1 + b, m, h, l)
+        x = x.to(u)
+        answers = response(C.to(u), low, high, x)[..., :l]              # (1 + b, m, h, l)
         D = F.pad(self.D[..., None], (0, l - 1))        # D u: an impulse at k = 0
         y = fft_conv(u[:, None], answers[0] + D)        # (b, m, h, l)
         if state is None:
             return y.flatten(1, 2), None
-        y = y + answers[1:]
-        last = advance(low + high, x[1:], l - 1) + state_of_input(u, B_bar, low, high)
-        return y.flatten(1, 2), last.double()
+        last = final_state(x[1:], u, x[0], low, high)
+        return (y + answers[1:]).flatten(1, 2), last.double()
 
     def check_input(self, u, dims, state):
         """dims 2: u (b, h); dims 3: u (b, h, l); state (b, h, n) or None."""
@@ -214,29 +215,22 @@ def krylov(powers, x):
 
 def response(C, low, high, x):
     """C A_bar^k x: C (m, h, n), states x (b, h, n) -> (b, m, h, JT)."""
-    C = krylov([A.mT for A in low], C.to(low[0].dtype))     # C A_bar^i, (T, m, h, n)
-    x = krylov(high, x.to(low[0].dtype))                    # A_bar^{jT} x, (J, b, h, n)
+    C = krylov([A.mT for A in low], C)                      # C A_bar^i, (T, m, h, n)
+    x = krylov(high, x)                                     # A_bar^{jT} x, (J, b, h, n)
     return torch.einsum("jbhn,imhn->bmhji", x, C).flatten(-2)
 
 
-def state_of_input(u, B_bar, low, high):
-    """sum_k A_bar^{l-1-k} B_bar u_k, the state that u (b, h, l) leaves: (b, h, n)."""
-    T = 2 ** len(low)
-    J = 2 ** len(high)
-    B_bar = krylov(low, B_bar.to(u.dtype)).flip(0)      # (T, h, n), the last i: power 0
-    u = F.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))        # zeros in front
-    x = torch.einsum("bhji,ihn->jbhn", u, B_bar)        # each block of T steps
+def final_state(x, u, B_bar, low, high):
+    """A_bar^{l-1} x + sum_k A_bar^{l-1-k} B_bar u_k: x (b, h, n), u (b, h, l)."""
+    l, T, J = u.shape[-1], 2 ** len(low), 2 ** len(high)
+    for digit, A in enumerate(low + high):              # the binary digits of l - 1
+        x = torch.stack([x, times(A, x)])[l - 1 >> digit & 1]   # compiles with any l
+    B_bar = krylov(low, B_bar).flip(0)                  # (T, h, n), the last i: power 0
+    u = F.pad(u, (J * T - l, 0)).unflatten(-1, (J, T))  # zeros in front
+    blocks = torch.einsum("bhji,ihn->jbhn", u, B_bar)   # each block of T steps
     for A in high:                                      # two blocks in a row are one
-        x = times(A, x[::2]) + x[1::2]
-    return x[0]
-
-
-def advance(powers, x, k):
-    """A^k x by the binary digits of k: A, A^2, A^4, ..; x (b, h, n) -> (b, h, n)."""
-    x = x.to(powers[0].dtype)
-    for digit, A in enumerate(powers):
-        x = torch.stack([x, times(A, x)])[k >> digit & 1]       # compiles with any k
-    return x
+        blocks = times(A, blocks[::2]) + blocks[1::2]
+    return x + blocks[0]
 
 
 def fft_conv(u, K):

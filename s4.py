@@ -212,7 +212,7 @@ class S4(nn.Module):
         add_block(self, gate, bottleneck)
 
     def continuous(self, rate):
-        """Lambda, P (None in mode diag), B, C complex128 and dt (h, 1), for each feature."""
+        """Lambda, P (None in mode diag), B, C complex128 and dt (h, 1) of each feature."""
         if not 0 < rate < math.inf:
             raise ValueError(f"{rate=}: pass a positive number")
         check(self.D.dtype in (torch.float32, torch.float64),
@@ -240,8 +240,11 @@ class S4(nn.Module):
         if self.mode == "diag":
             return discretize_diagonal(self, rate)
         Lambda, P, B, C, dt = self.continuous(rate)
-        half = dt[..., None] / 2 * real_form(Lambda, P)         # dt/2 A, (h, n, n)
-        one = torch.eye(self.n, dtype=half.dtype, device=half.device)
+        one = torch.eye(self.n, dtype=dt.dtype, device=dt.device)
+        P = as_real(P)
+        A = times(Lambda, one[:, None]).permute(1, 2, 0)        # a column for each of one
+        A = A - 2 * torch.einsum("rhi,rhj->hij", P, P)          # (3) on Re x, Im x in turn
+        half = dt[..., None] / 2 * A                            # (h, n, n)
         right = torch.cat([one + half, (dt * as_real(B))[..., None]], -1)
         solved = torch.linalg.solve(one - half, right)          # bilinear, as in (4)
         return solved[..., :-1], solved[..., -1], 2 * as_real(C.conj())    # 2 for the pairs
@@ -267,8 +270,19 @@ class S4(nn.Module):
         kernels for the past before those for the future."""
         if l < 1:
             raise ValueError(f"{l=}: pass a positive length")
-        with full_precision(self.D):
-            return self._kernel(l, rate).to(self.D.dtype).flatten(0, 1)
+        short = self.mode == "nplr" and l <= 32 * self.n
+        if short and self.D.dtype == torch.float32 and self.real_type != "none":
+            K = cauchy_kernel(*self.continuous(rate), l)                # (m, h, l)
+        else:
+            # Matrix products are fast: from 32 n steps on, n^3 log l operations in them
+            # take less time than n l / 2 Cauchy terms, and far less memory. They also have
+            # the digits of double precision, and states may grow.
+            dtype = torch.float64 if self.mode == "nplr" else self.D.dtype
+            A_bar, B_bar, C = self.discretize(rate)
+            with full_precision(self.D):
+                low, high = squares(A_bar, l, dtype)
+                K = response(C.to(dtype), low, high, B_bar[None].to(dtype))[0, ..., :l]
+        return K.to(self.D.dtype).flatten(0, 1)
 
     def forward(self, u, state=None, *, rate=1.0, method="conv"):
         """u (b, d_model, l), state or None -> y (b, m d_model, l), last state or None.
@@ -295,24 +309,11 @@ class S4(nn.Module):
             outputs.append(y_k)
         return torch.stack(outputs, -1), None if state is None else x
 
-    def _kernel(self, l, rate):
-        short = self.mode == "nplr" and l <= 32 * self.n
-        if short and self.D.dtype == torch.float32 and self.real_type != "none":
-            return cauchy_kernel(*self.continuous(rate), l)
-        # Matrix products are fast: from 32 n steps on, n^3 log l operations in them take
-        # less time than n l / 2 Cauchy terms, and far less memory. They also have the
-        # digits of double precision, and states may grow.
-        dtype = torch.float64 if self.mode == "nplr" else self.D.dtype
-        A_bar, B_bar, C = self.discretize(rate)
-        low, high = squares(A_bar, l, dtype)
-        K = response(C.to(dtype), low, high, B_bar[None].to(dtype))
-        return K[0, ..., :l]                            # (m, h, l)
-
     def _convolution(self, u, state, rate):
         l = u.shape[-1]
         m = self.channels
         if state is None:
-            K = self._kernel(l, rate).to(u.dtype)
+            K = self.kernel(l, rate).unflatten(0, (-1, self.h))         # (m, h, l)
         else:
             A_bar, B_bar, C = self.discretize(rate)
             low, high = squares(A_bar, l, u.dtype)
@@ -359,14 +360,6 @@ def initial_nplr(measure, copies, n, rank):
     noise = 1e-2 * torch.randn(rank - len(P), copies, n // 2, dtype=P.dtype)
     P = torch.cat([P[:, None].expand(-1, copies, -1), noise])
     return Lambda.repeat(copies, 1), P, B.repeat(copies, 1)
-
-
-def real_form(Lambda, P):
-    """Lambda - P P* as a matrix for as_real(x): (h, n/2), (r, h, n/2) -> (h, n, n)."""
-    one = torch.eye(2 * Lambda.shape[-1], dtype=torch.float64, device=Lambda.device)
-    columns = times(Lambda, one[:, None])                               # (n, h, n)
-    P = as_real(P)
-    return columns.permute(1, 2, 0) - 2 * torch.einsum("rhi,rhj->hij", P, P)
 
 
 def as_real(z):
@@ -470,8 +463,7 @@ def initial_diagonal(measure, copies, n):
         Lambda = initial_diagonal("diag-inv", copies, n)
         Lambda[1::2] = initial_diagonal("diag-lin", copies, n)[1::2]
         return Lambda
-    raise ValueError(f"{measure=}: choose legs, diag, diag-lin, -inv, -quad, -real, -legs "
-                     "or -rand")
+    raise ValueError(f"{measure=}: choose legs, diag, diag-lin, -inv, -quad, -real, -rand")
 
 
 def discretize_diagonal(layer, rate):
@@ -513,15 +505,13 @@ def learning_rates(layer, lr):
 
 def add_block(layer, gate, bottleneck):
     """The linear maps around the SSM that gate and bottleneck ask for."""
-    width = layer.d_model * gate if gate else layer.channels * layer.h
-    layer.input_linear = layer.input_gate = layer.output_gate = layer.output_linear = None
-    if bottleneck:
-        layer.input_linear = nn.Linear(layer.d_model, layer.h)                  # W_u
-    if gate:
-        layer.input_gate = nn.Linear(layer.d_model, width)                      # W_v
-        layer.output_gate = nn.Linear(layer.channels * layer.h, width)          # W_y
-    if gate or bottleneck:
-        layer.output_linear = nn.Linear(width, layer.channels * layer.d_model)  # W_o
+    d, outputs = layer.d_model, layer.channels * layer.h
+    width = d * gate if gate else outputs
+    layer.input_linear = nn.Linear(d, layer.h) if bottleneck else None              # W_u
+    layer.input_gate = nn.Linear(d, width) if gate else None                        # W_v
+    layer.output_gate = nn.Linear(outputs, width) if gate else None                 # W_y
+    last = gate or bottleneck
+    layer.output_linear = nn.Linear(width, layer.channels * d) if last else None    # W_o
 
 
 def enter_block(layer, u):
