@@ -167,9 +167,9 @@ class DSS(nn.Module):
         fits = u.dim() == dims and u.shape[1] == self.h and u.numel() > 0
         check(fits and u.is_floating_point(),
               f"u is {u.dtype} {tuple(u.shape)}: pass floats, {self.h} features, {dims}-d")
-        fits = state is None or state.shape == (len(u), self.h, self.n)
-        check(fits and (state is None or state.is_complex()),
-              "state: pass one of the shape and type of initial_state()")
+        if state is not None:
+            check(state.shape == (len(u), self.h, self.n) and state.is_complex(),
+                  "state: pass one of the shape and type of initial_state()")
 
     def check_length(self, l, rate):
         """The softmax is over l_max steps, at rate 1. 1e-9: l (l_max / l) may round up."""

@@ -183,9 +183,9 @@ class GSS(nn.Module):
         fits = u.dim() == dims and u.shape[1] == self.h and u.numel() > 0
         check(fits and u.is_floating_point(),
               f"u is {u.dtype} {tuple(u.shape)}: pass floats, {self.h} features, {dims}-d")
-        fits = state is None or state.shape == (len(u), self.c, self.n)
-        check(fits and (state is None or state.is_complex()),
-              "state: pass one of the shape and type of initial_state()")
+        if state is not None:
+            check(state.shape == (len(u), self.c, self.n) and state.is_complex(),
+                  "state: pass one of the shape and type of initial_state()")
 
 
 # ---- the linear maps, and powers of A_bar ----

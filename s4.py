@@ -336,11 +336,10 @@ class S4(nn.Module):
         fits = u.dim() == dims and u.shape[1] == self.d_model and u.numel() > 0
         check(fits and u.is_floating_point(), f"u is {u.dtype} {tuple(u.shape)}: "
               f"pass floats, {self.d_model} features, {dims}-d")
-        check(state is None or not self.bidirectional,
-              "bidirectional=True: it has no state, pass False")
-        fits = state is None or state.shape == (len(u), self.h, self.n)
-        check(fits and (state is None or state.is_floating_point()),
-              "state: pass one of the shape and type of initial_state()")
+        if state is not None:
+            check(not self.bidirectional, "bidirectional=True: it has no state, pass False")
+            check(state.shape == (len(u), self.h, self.n) and state.is_floating_point(),
+                  "state: pass one of the shape and type of initial_state()")
 
 
 # ---- where A starts, and its real form ----

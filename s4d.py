@@ -150,9 +150,9 @@ class S4D(nn.Module):
         fits = u.dim() == dims and u.shape[1] == self.h and u.numel() > 0
         check(fits and u.is_floating_point(),
               f"u is {u.dtype} {tuple(u.shape)}: pass floats, {self.h} features, {dims}-d")
-        fits = state is None or state.shape == (len(u), self.h, self.n // 2)
-        check(fits and (state is None or state.is_complex()),
-              "state: pass one of the shape and type of initial_state()")
+        if state is not None:
+            check(state.shape == (len(u), self.h, self.n // 2) and state.is_complex(),
+                  "state: pass one of the shape and type of initial_state()")
 
 
 # ---- powers of A_bar; below, n counts what is stored ----

@@ -169,11 +169,10 @@ class S5(nn.Module):
         fits = u.dim() == dims and u.shape[1] == self.h and u.numel() > 0
         check(fits and u.is_floating_point(),
               f"u is {u.dtype} {tuple(u.shape)}: pass floats, {self.h} features, {dims}-d")
-        check(state is None or not self.bidirectional,
-              "bidirectional=True: it has no state, pass False")
-        fits = state is None or state.shape == (len(u), self.p)
-        check(fits and (state is None or state.is_complex()),
-              "state: pass one of the shape and type of initial_state()")
+        if state is not None:
+            check(not self.bidirectional, "bidirectional=True: it has no state, pass False")
+            check(state.shape == (len(u), self.p) and state.is_complex(),
+                  "state: pass one of the shape and type of initial_state()")
 
 
 # ---- all states at once, in three ways, n stored: a (n), v (b, l, n), x (b, n) ----
