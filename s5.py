@@ -196,8 +196,7 @@ def linear_scan(a, v, x, T=32):
     precision. Of such T, 32 is the fastest, measured.
     """
     l = v.shape[1]
-    if l < T:
-        T = l                                           # one block
+    T = min(l, T)                                       # a short sequence is one block
     if l % T > 0:
         v = F.pad(v, (0, 0, 0, (-l) % T))               # zeros at the end: a full block
     steps = v.unflatten(1, (-1, T)).unbind(2)           # T of (b, J, n)

@@ -58,7 +58,7 @@ def by_ensemble(layer, u, **options):
     """torch.func.vmap over the parameters of two equal layers, which share the input."""
     both, _ = stack_module_state([layer, layer])
     y = vmap(lambda parameters: output(layer, parameters, u, **options))(both)
-    assert torch.equal(y[0], y[1])
+    assert error(y[1], y[0]) <= 1e-5        # places in a batch may round differently
     return y[0], {}
 
 
