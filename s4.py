@@ -9,33 +9,33 @@ Each of the h features u(t) drives n states, x' = A x + B u, y = C x + D u. Samp
     y = K * u + D u,    K_k = C A_bar^k B_bar.                                     (2)
 
 What was wrong before. HiPPO-LegS, which makes long memory work, is dense, and cannot be
-diagonalized in floating point: its eigenvectors grow exponentially with n. So LSSL works
-with dense matrices: n^2 operations a step, n^3 log l a kernel.
+diagonalized in floating point: its eigenvectors grow exponentially with n. So LSSL takes
+n^2 operations a step, n^3 log l a kernel.
 
 The idea. HiPPO is normal plus low rank, and a normal matrix has orthogonal eigenvectors V:
 
-    A = V (Lambda - P P*) V*,    r = rank of P = 1 or 2.                           (3)
+    V* A V = Lambda - P P*,    P with r = 1 or 2 columns.                          (3)
 
-In that basis, in which A, B, C and x are from here on, (2) has a generating function by a
-geometric series, with the bilinear transform, A_bar = (1 - dt/2 A)^{-1} (1 + dt/2 A),
-B_bar = (1 - dt/2 A)^{-1} dt B, and s = 2 (1 - z) / (1 + z):
+From here on A, B, C and x are in that basis. With the bilinear transform, A_bar = (1 - dt/2
+A)^{-1} (1 + dt/2 A), B_bar = (1 - dt/2 A)^{-1} dt B, and s = 2 (1 - z) / (1 + z), the
+geometric series of (2) needs A only in a resolvent:
 
     sum_k K_k z^k = C (1 - z A_bar)^{-1} B_bar = 2/(1+z) C (s - dt A)^{-1} dt B.   (4)
 
-R = dt (s - dt Lambda)^{-1} is diagonal, the Woodbury identity leaves an r x r inverse. With
-the Cauchy sums CB = C R B, CP = C R P, PB = P* R B and PP = P* R P,
+R = dt (s - dt Lambda)^{-1} is diagonal, which makes CB = C R B, CP = C R P, PB = P* R B and
+PP = P* R P Cauchy sums. The Woodbury identity puts them together:
 
     C (s - dt A)^{-1} dt B = CB - CP (1 + PP)^{-1} PB.                             (5)
 
 An inverse FFT takes (4) on a circle back to K. A state needs powers of the dense A_bar, for
-x adds C A_bar^{k+1} x to y_k. By squaring they take n^3 log l operations in matrix
-products, and are also the faster way to K for l > 32 n.
+x adds C A_bar^{k+1} x to y_k. They are also the faster way to K for l > 32 n.
 
 Differs from the paper: the circle has a radius q < 1, with q^l = 1e-8. What the FFT adds to
 K_k is then q^l K_{k+l} + ..., nothing in a stable system. On the unit circle the parameter
-must be C (1 - A_bar^l), for one length and one rate. Here C is C. And P P* for P Q* keeps a
-trained A stable (arXiv 2202.09729). Why bilinear? (4) needs s - dt A alone, zero-order hold
-the exponential of a dense matrix.
+must be C (1 - A_bar^l), for one length and one rate. And P P* for P Q* keeps a trained A
+stable (arXiv 2202.09729).
+
+Why bilinear? Zero-order hold needs the exponential of a dense matrix, and has no (4).
 
 Why n/2? Eigenvalues come in conjugate pairs, and the second of a pair adds the conjugate of
 what the first adds: C x over all n is 2 Re(C x) over n/2. P P* mixes x with its conjugate,
@@ -55,47 +55,46 @@ from torch.nn import functional as F
 
 # ---- HiPPO, normal plus low rank ----
 
-def hippo(measure, n):
-    """A (n, n), B (n) and P (r, n), real, for which A + P^T P is normal.
+def nplr(measure, n):
+    """(3), the half with Im Lambda >= 0: Lambda (n/2), P (r, n/2), B (n/2) complex128.
 
     legs, all of the past, fading: A_ij = -sqrt((2i+1)(2j+1)) for i > j, -(i+1) for i = j
     legt, a window of length 2: A_ij = -sqrt((2i+1)(2j+1)) / 2, times (-1)^(i-j) for i < j
-    fout, a window in a Fourier basis: rotations by 0, pi, 2 pi, ..., minus B B^T
+    fout, that window in a Fourier basis: rotations by 0, pi, 2 pi, ..., minus B B^T
     (arXiv 2111.00396, eq. 2; 2206.12037. lssl.py explains what the states mean.)
     """
+    if measure == "fout":
+        Lambda = 1j * math.pi * torch.arange(n // 2, dtype=torch.float64)
+        B = torch.ones_like(Lambda)
+        B[0] = 0.5 ** 0.5
+        return Lambda, B[None], B
+    check(measure in ("legs", "legt"), f"{measure=}: choose legs, legt, fout or hippo")
     i = torch.arange(n, dtype=torch.float64)
-    root = torch.sqrt(2 * i + 1)
-    A = -torch.outer(root, root)
-    even = 1 - i % 2
-    if measure == "legs":
-        return A.tril(-1) - torch.diag(i + 1), root, root[None] / 2 ** 0.5
+    B = torch.sqrt(2 * i + 1)
+    P = B[None] / 2 ** 0.5
+    S = -torch.outer(B, B).tril(-1) / 2
+    c = -0.5
     if measure == "legt":
-        A = A.tril() + A.triu(1) * (-1) ** (i[:, None] - i)
-        return A / 2, root / 2, torch.stack([root * even, root * (1 - even)]) / 2 ** 0.5
-    # fout, for initial_nplr checks the name
-    B = 2 ** 0.5 * even
-    B[0] = 1
-    lower = torch.diag((math.pi * (i // 2) * (1 - even))[1:], -1)
-    return lower - lower.mT - torch.outer(B, B), B, B[None]
+        P = P * torch.stack([1 - i % 2, i % 2])         # even i, odd i
+        S = S * ((i[:, None] - i) % 2)                  # odd i - j: the rest is in P^T P
+        c = 0.0
+        B = B / 2
+    # A = c + S - S^T - P^T P; -i (S - S^T) is Hermitian, and has the same eigenvectors V
+    imag, V = torch.linalg.eigh(-1j * (S - S.mT))       # ascending
+    V = V[:, n // 2:]
+    return c + 1j * imag[n // 2:], P.to(V.dtype) @ V.conj(), V.mH @ B.to(V.dtype)
 
 
-def nplr(measure, n):
-    """(3), the half with Im Lambda >= 0: Lambda (n/2), P (r, n/2), B (n/2), V (n, n/2).
-
-    A + P^T P = c + S with S = -S^T: V are the eigenvectors of -i S, which is Hermitian.
-    """
-    A, B, P = hippo(measure, n)
-    normal = A + P.mT @ P
-    if measure == "fout":       # for its double eigenvalue 0, eigh gives no conjugate pair
-        imag = math.pi * torch.arange(n // 2, dtype=torch.float64)
-        one = torch.eye(n, dtype=torch.float64)
-        V = torch.complex(one[:, ::2], -one[:, 1::2]) / 2 ** 0.5
-    else:
-        imag, V = torch.linalg.eigh(-0.5j * (normal - normal.mT))       # ascending
-        imag = imag[n // 2:]
-        V = V[:, n // 2:]
-    Lambda = torch.complex(normal.diagonal().mean().expand(n // 2), imag)
-    return Lambda, P.to(V.dtype) @ V.conj(), V.mH @ B.to(V.dtype), V
+def initial_nplr(measure, copies, n, rank):
+    """Where Lambda, B (copies, n/2) and P (r, copies, n/2) start: complex128."""
+    even = nplr("legs" if measure == "hippo" else measure, n)
+    odd = nplr("fout", n) if measure == "hippo" else even
+    pairs = [torch.stack(pair, -2) for pair in zip(even, odd)]          # (.., 2, n/2)
+    Lambda, P, B = [pair.tile(copies, 1)[..., :copies, :] for pair in pairs]
+    rank = len(P) if rank is None else rank
+    check(rank >= len(P), f"{rank=}: {measure} has rank {len(P)}, pass at least that")
+    noise = 1e-2 * torch.randn(rank - len(P), copies, n // 2, dtype=P.dtype)
+    return Lambda, torch.cat([P, noise]), B
 
 
 # ---- the kernel ----
@@ -103,8 +102,8 @@ def nplr(measure, n):
 def cauchy_kernel(Lambda, P, B, C, dt, l):
     """(4) and (5): K_0 ... K_{l-1}, (m, h, l) float64, from halves of conjugate pairs.
 
-    Good to 1e-8: rounding, amplified by q^{-k}, is as small as q^l. For fout, (5) subtracts
-    numbers of size dt |P|^2: for dt > 20 digits get lost, first in the gradient of Lambda.
+    Good to 1e-7: rounding, 1e-16, is amplified by q^{-k}, at most 1e8. For fout, which has
+    an eigenvalue near 0, (5) cancels at dt > 20: first digits of gradients are lost.
     """
     log_q = math.log(1e-8) / l
     k = torch.arange(l, dtype=torch.float64, device=dt.device)
@@ -112,29 +111,20 @@ def cauchy_kernel(Lambda, P, B, C, dt, l):
     # (4) at z = q exp(-2 pi i j / l): s = 2 tanh((2 pi i j / l - log q) / 2)
     s = 2 * torch.tanh(torch.complex(torch.full_like(j, -log_q), 2 * math.pi / l * j) / 2)
     w = dt * Lambda                                                     # (h, n/2)
-    # v / (s - w) and its partner: 2 (s Re v - Re(v w*)) / (s^2 - 2 s Re w + |w|^2)
+    # v / (s - w) + v* / (s - w*) = 2 (s Re v - Re(v w*)) / (s^2 - 2 s Re w + |w|^2)
     square = w.real ** 2 + w.imag ** 2
     twice = -2 * w.real[..., None].to(s.dtype)
     pair = 1 / torch.addcmul(s ** 2 + square[..., None], s, twice)      # (h, n/2, nodes)
-
-    def cauchy(a, b):
-        """sum a b / (s - w) of pairs: a (i, h, n/2), b (p, h, n/2) -> (h, nodes, i, p)."""
-        v = torch.einsum("ihn,phn->hipn", a, b)
-        v = 2 * torch.stack([v.real, -(v * w[:, None, None].conj()).real], 1)
-        v = torch.einsum("hvipn,hnjc->hvipjc", v, torch.view_as_real(pair))
-        v = torch.view_as_complex(v)                            # (h, 2, i, p, nodes)
-        return (s * v[:, 0] + v[:, 1]).permute(0, 3, 1, 2)
-
-    m = len(C)
-    sums = cauchy(torch.cat([C, P.conj()]), dt * torch.cat([B[None], P]))
-    CB, CP = sums[..., :m, :1], sums[..., :m, 1:]
-    PB, PP = sums[..., m:, :1], sums[..., m:, 1:]
-    if len(P) == 1:
-        K = CB - CP * PB / (1 + PP)                                     # (h, nodes, m, 1)
-    else:
-        one = torch.eye(len(P), dtype=s.dtype, device=s.device)
-        K = CB - CP @ torch.linalg.solve(one + PP, PB)
-    K = torch.fft.irfft((1 + s / 2) * K[..., 0].permute(2, 0, 1), l)    # 2/(1+z) = 1 + s/2
+    v = torch.einsum("ihn,phn->iphn", torch.cat([C, P.conj()]), torch.cat([B[None], P]))
+    v = 2 * dt * torch.stack([v.real, -(v * w.conj()).real])
+    v = torch.einsum("viphn,hnjc->viphjc", v, torch.view_as_real(pair))
+    v = torch.view_as_complex(v)
+    sums = s * v[0] + v[1]                                  # (m + r, 1 + r, h, nodes)
+    for _ in P:                                             # (5), one column of P at a time
+        CB, CP = sums[:-1, :-1], sums[:-1, -1:]
+        PB, PP = sums[-1:, :-1], sums[-1:, -1:]
+        sums = CB - CP * (PB / (1 + PP))
+    K = torch.fft.irfft((1 + s / 2) * sums[:, 0], l)        # 2/(1+z) = 1 + s/2
     return K * torch.exp(-log_q * k)
 
 
@@ -168,16 +158,14 @@ class S4(nn.Module):
                  real_type="exp", rank=None, n_ssm=None, channels=1, bidirectional=False,
                  gate=None, bottleneck=None, l_max=None, dt_min=1e-3, dt_max=1e-1, lr=1e-3):
         super().__init__()
-        check(d_state > 0 and d_state % 2 == 0,
-              f"{d_state=}: pass an even number, 2 or more")
+        check(d_state > 0 and d_state % 2 == 0, f"{d_state=}: pass an even number from 2")
         check(mode in ("nplr", "diag"), f"{mode=}: choose nplr or diag")
         discs = ["bilinear"] if mode == "nplr" else ["zoh", "bilinear", "dss"]
         disc = disc or discs[0]
         check(disc in discs, f"{disc=}: in mode {mode} choose from {discs}")
-        check(disc != "dss" or l_max is not None and real_type != "none",
+        check(real_type in ("exp", "relu", "none"), f"{real_type=}: choose exp, relu, none")
+        check(disc != "dss" or l_max is not None and l_max > 0 and real_type != "none",
               f"{l_max=}, {real_type=}: disc dss needs a length, and Re Lambda < 0")
-        check(real_type in ("exp", "relu", "none"),
-              f"{real_type=}: choose exp, relu or none")
         check(channels > 0, f"{channels=}: pass a positive number")
         check(gate is None or gate > 0, f"{gate=}: pass None or a positive number")
         check(bottleneck is None or bottleneck > 0 and d_model % bottleneck == 0,
@@ -226,9 +214,9 @@ class S4(nn.Module):
         Lambda = torch.complex(-real, self.A_imag.double()).tile(repeats, 1)      # (h, n/2)
         B = torch.view_as_complex(self.B.double()).tile(repeats, 1)
         C = torch.view_as_complex(self.C.double())              # (m, h, n/2)
-        P = None
-        if self.P is not None:
-            P = torch.view_as_complex(self.P.double()).tile(repeats, 1)   # (r, h, n/2)
+        P = self.P
+        if P is not None:
+            P = torch.view_as_complex(P.double()).tile(repeats, 1)      # (r, h, n/2)
         return Lambda, P, B, C, rate * self.log_dt.double().exp()[:, None]
 
     def discretize(self, rate=1.0):
@@ -242,12 +230,12 @@ class S4(nn.Module):
         Lambda, P, B, C, dt = self.continuous(rate)
         one = torch.eye(self.n, dtype=dt.dtype, device=dt.device)
         P = as_real(P)
-        A = times(Lambda, one[:, None]).permute(1, 2, 0)        # a column for each of one
-        A = A - 2 * torch.einsum("rhi,rhj->hij", P, P)          # (3) on Re x, Im x in turn
+        A = times(Lambda, one[:, None]).permute(1, 2, 0)        # column j: Lambda times e_j
+        A = A - 2 * torch.einsum("rhi,rhj->hij", P, P)          # (3) for Re x, Im x in turn
         half = dt[..., None] / 2 * A                            # (h, n, n)
-        right = torch.cat([one + half, (dt * as_real(B))[..., None]], -1)
-        solved = torch.linalg.solve(one - half, right)          # bilinear, as in (4)
-        return solved[..., :-1], solved[..., -1], 2 * as_real(C.conj())    # 2 for the pairs
+        inverse = torch.linalg.inv(one - half)
+        A_bar = 2 * inverse - one                               # 1 + half is 2 - (1 - half)
+        return A_bar, times(inverse, dt * as_real(B)), 2 * as_real(C.conj())
 
     def initial_state(self, batch_size):
         """x_{-1} = 0: (b, h, n) float64, for rounding adds up over the steps."""
@@ -271,12 +259,11 @@ class S4(nn.Module):
         if l < 1:
             raise ValueError(f"{l=}: pass a positive length")
         short = self.mode == "nplr" and l <= 32 * self.n
+        # for a longer l matrix products are faster, n^3 log l operations against n l / 2,
+        # and take less memory; they also have the digits of float64, and states may grow
         if short and self.D.dtype == torch.float32 and self.real_type != "none":
             K = cauchy_kernel(*self.continuous(rate), l)                # (m, h, l)
         else:
-            # Matrix products are fast: from 32 n steps on, n^3 log l operations in them
-            # take less time than n l / 2 Cauchy terms, and far less memory. They also have
-            # the digits of double precision, and states may grow.
             dtype = torch.float64 if self.mode == "nplr" else self.D.dtype
             A_bar, B_bar, C = self.discretize(rate)
             with full_precision(self.D):
@@ -317,9 +304,8 @@ class S4(nn.Module):
         else:
             A_bar, B_bar, C = self.discretize(rate)
             low, high = squares(A_bar, l, u.dtype)
-            x = times(A_bar, state.double())            # it meets C at k = 0
-            B_bar, C, x = B_bar.to(u), C.to(u), x.to(u)
-            answers = response(C, low, high, torch.cat([B_bar[None], x]))[..., :l]
+            x = torch.cat([B_bar[None], times(A_bar, state.double())]).to(u)
+            answers = response(C.to(u), low, high, x)[..., :l]          # (1 + b, m, h, l)
             K = answers[0]                              # K is the answer to the state B_bar
         D = F.pad(self.D[..., None], (0, l - 1))        # D u: an impulse at k = 0
         y = fft_conv(u[:, None], K[:m] + D)             # (b, m, h, l)
@@ -328,7 +314,7 @@ class S4(nn.Module):
             y = y + F.pad(future[..., 1:], (0, 1))      # one step later
         if state is None:
             return y.flatten(1, 2), None
-        last = final_state(x, u, B_bar, low, high)
+        last = final_state(x[1:], u, x[0], low, high)
         return (y + answers[1:]).flatten(1, 2), last.double()
 
     def check_input(self, u, dims, state):
@@ -342,31 +328,12 @@ class S4(nn.Module):
                   "state: pass one of the shape and type of initial_state()")
 
 
-# ---- where A starts, and its real form ----
-
-def initial_nplr(measure, copies, n, rank):
-    """Lambda (copies, n/2), P (r, copies, n/2), B (copies, n/2) complex128."""
-    if measure == "hippo":
-        start = initial_nplr("legs", copies, n, rank)
-        for legs, fout in zip(start, initial_nplr("fout", copies, n, rank)):
-            legs[..., 1::2, :] = fout[..., 1::2, :]     # every second feature
-        return start
-    check(measure in ("legs", "legt", "fout"),
-          f"{measure=}: choose legs, legt, fout or hippo")
-    Lambda, P, B, _ = nplr(measure, n)
-    rank = len(P) if rank is None else rank
-    check(rank >= len(P), f"{rank=}: {measure} has rank {len(P)}, pass at least that")
-    noise = 1e-2 * torch.randn(rank - len(P), copies, n // 2, dtype=P.dtype)
-    P = torch.cat([P[:, None].expand(-1, copies, -1), noise])
-    return Lambda.repeat(copies, 1), P, B.repeat(copies, 1)
-
+# ---- powers of A_bar, as in lssl.py ----
 
 def as_real(z):
     """(.., n) complex as (.., 2n) real: Re(v w) is as_real(v) times as_real(w conj)."""
     return torch.view_as_real(z.resolve_conj()).flatten(-2)
 
-
-# ---- powers of A_bar, as in lssl.py ----
 
 def squares(A_bar, l, dtype):
     """A_bar, A_bar^2, A_bar^4, ... in two lists: below A_bar^T, and from it on.
@@ -413,7 +380,7 @@ def final_state(x, u, B_bar, low, high):
     """A_bar^{l-1} x + sum_k A_bar^{l-1-k} B_bar u_k: x (b, h, n), u (b, h, l)."""
     l, T, J = u.shape[-1], 2 ** len(low), 2 ** len(high)
     for digit, A in enumerate(low + high):              # the binary digits of l - 1
-        x = torch.stack([x, times(A, x)])[l - 1 >> digit & 1]   # compiles with any l
+        x = torch.stack([x, times(A, x)])[((l - 1) >> digit) & 1]   # compiles with any l
     B_bar = krylov(low, B_bar).flip(0)                  # (T, h, n), the last i: power 0
     u = F.pad(u, (J * T - l, 0)).unflatten(-1, (J, T))  # zeros in front
     blocks = torch.einsum("bhji,ihn->jbhn", u, B_bar)   # each block of T steps
@@ -454,7 +421,7 @@ def initial_diagonal(measure, copies, n):
     if measure == "diag-real":
         return torch.complex(-(i + 1), 0 * i)
     if measure in ("legs", "diag-legs"):
-        Lambda, _, _, _ = nplr("legs", n)               # flip: the order of diag-inv
+        Lambda, _, _ = nplr("legs", n)                  # flip: the order of diag-inv
         return Lambda.flip(0).repeat(copies, 1)
     if measure == "diag-rand":
         return torch.complex(-(1e-3 ** torch.rand_like(i)), math.pi * torch.rand_like(i))

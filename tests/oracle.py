@@ -203,6 +203,26 @@ def s4d(p, u, state=None, rate=1.0, disc="zoh", real_type="exp", l_max=None):
     return simulate_pairs(systems, u, state)
 
 
+def hippo(measure, n):
+    """A (n, n), B (n) and P (r, n), with A + P^T P normal, of legs, legt and fout."""
+    i = np.arange(n)
+    root = np.sqrt(2 * i + 1)
+    A = -np.outer(root, root)
+    P = root / 2 ** 0.5
+    if measure == "legs":
+        return np.tril(A, -1) - np.diag(i + 1), root, P[None]
+    if measure == "legt":
+        above = np.triu(A, 1) * (-1.0) ** (i[:, None] - i)
+        return (np.tril(A) + above) / 2, root / 2, np.stack([P * (i % 2 == 0), P * (i % 2)])
+    B = 2 ** 0.5 * (i % 2 == 0)
+    B[0] = 1
+    A = -np.outer(B, B)
+    for k in range(n // 2):
+        A[2 * k + 1, 2 * k] += np.pi * k
+        A[2 * k, 2 * k + 1] -= np.pi * k
+    return A, B, B[None]
+
+
 def nplr_matrix(Lambda, P):
     """A (n, n) = diag(Lambda, conj Lambda) - sum_r [P_r; conj P_r][P_r; conj P_r]^H.
 
@@ -213,7 +233,7 @@ def nplr_matrix(Lambda, P):
 
 
 def s4_nplr(p, u, state=None, rate=1.0, real_type="exp"):
-    """S4, bilinear: state (b, h, n/2), the other half is its conjugate. y = 2 Re(C x) + D u.
+    """S4, bilinear: state (b, h, n/2), half of conjugate pairs. y = 2 Re(C x) + D u.
 
     p: as `s4d`, and P (r, s, n/2, 2).
     """
