@@ -105,9 +105,9 @@ class LSSL(nn.Module):
         dtA = dt[..., None] * self.A.double()                   # (h, n, n)
         dtB = dt * self.B.double()                              # (h, n)
         one = torch.eye(self.n, dtype=dt.dtype, device=dt.device)
-        right = torch.cat([one + (1 - self.alpha) * dtA, dtB[..., None]], -1)
-        solved = torch.linalg.solve(one - self.alpha * dtA, right)
-        return solved[..., :-1], solved[..., -1], self.C.double()
+        inverse = torch.linalg.inv(one - self.alpha * dtA)
+        A_bar = inverse @ (one + (1 - self.alpha) * dtA)
+        return A_bar, times(inverse, dtB), self.C.double()
 
     def initial_state(self, batch_size):
         """x_{-1} = 0: (b, h, n) float64, for rounding adds up over the steps."""

@@ -134,20 +134,19 @@ class S4(nn.Module):
     """(b, d_model, l) -> (b, m d_model, l), with D, without activation and without mixing
     of features, except in the block around it that gate and bottleneck make.
 
-    d_model, d_state: h (with bottleneck, h = d_model / bottleneck), and n (even)
+    d_model, d_state: h (times bottleneck), and n (even)
     mode: nplr, as above, or diag: A = Lambda, as in s4d.py
-    measure: where A starts. nplr: legs, legt, fout, or hippo (legs and fout on alternating
-        features); diag: see initial_diagonal, where legs stands for diag-legs
+    measure: where A starts. nplr: legs, legt, fout, or hippo (legs and fout in turn);
+        diag: see initial_diagonal
     disc: nplr: bilinear. diag: zoh (default), bilinear, or dss (the kernel of dss.py)
-    real_type: -Re Lambda is exp or relu (+ 1e-4) of its parameter, or none: the parameter
-        itself, and then nothing keeps the system stable
+    real_type: -Re Lambda is exp or relu (+ 1e-4) of its parameter, or none: itself, and
+        then nothing keeps the system stable
     rank: rank of P, at least that of the measure; more columns start as small noise
     n_ssm: number of different (A, B); feature i uses number i mod n_ssm. Default: h
     channels: m outputs for each feature: channel c of feature i is output c h + i
     bidirectional: add sum_{j >= 1} K'_{j-1} u_{k+j} with a second C; without a state
     gate, bottleneck: the block of gss.py: W_o((W_y SSM(GELU(W_u u))) * GELU(W_v u)), with
-        d_model * gate features in the gate, and the SSM on h = d_model / bottleneck;
-        W_u and its GELU only with bottleneck
+        d_model * gate features in the gate; W_u and its GELU only with bottleneck
     l_max: the length, in steps at rate 1, over which disc dss normalizes; l may be longer
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
     lr: learning rate of dt, A and B, stored in ssm_lr for the optimizer; or a dict of
@@ -347,8 +346,7 @@ def squares(A_bar, l, dtype):
         A = powers[-1]
         powers.append(A * A if A.is_complex() else A @ A)
     half = len(powers) // 2 + 1                         # T = 2^half
-    if A_bar.is_complex():
-        dtype = dtype.to_complex()
+    dtype = dtype.to_complex() if A_bar.is_complex() else dtype
     powers = [A.to(dtype) for A in powers]
     return powers[:half], powers[half:]
 
@@ -407,8 +405,7 @@ def full_precision(u):
 def initial_diagonal(measure, copies, n):
     """Lambda (copies, n/2) complex128 of mode diag (arXiv 2206.11893, section 4).
 
-    diag: diag-inv and diag-lin on alternating features. diag-rand, for dt_min = dt_max = 1,
-    is that of gss.py: -Re log-uniform in (1e-3, 1)
+    diag: diag-inv and diag-lin in turn. diag-rand, for dt_min = dt_max = 1: as in gss.py
     """
     i = torch.arange(n // 2, dtype=torch.float64).repeat(copies, 1)
     real = torch.full_like(i, -0.5)
@@ -441,7 +438,7 @@ def discretize_diagonal(layer, rate):
     A, _, B, C, dt = layer.continuous(rate)
     A = torch.where(A == 0, 1e-12, A)                   # there B_bar is its limit
     if layer.disc == "dss":
-        x = A * torch.expm1(layer.l_max * dt / rate * A)        # A: for 1e-7 as in dss.py
+        x = A * torch.expm1(layer.l_max * dt / rate * A)    # A: 1e-7 is that of dss.py
         C = B * C * A * x.conj() / (x.abs() ** 2 + 1e-7) / 2
         B = torch.ones_like(B)
     if layer.disc == "bilinear":
@@ -457,8 +454,7 @@ def discretize_diagonal(layer, rate):
 
 def learning_rates(layer, lr):
     """{parameter: learning rate} from one, or a dict for dt, A and B; 0.0 freezes."""
-    if not isinstance(lr, dict):
-        lr = {"dt": lr, "A": lr, "B": lr}
+    lr = lr if isinstance(lr, dict) else {"dt": lr, "A": lr, "B": lr}
     check(set(lr) <= {"dt", "A", "B"}, f"{lr=}: pass a number, or a dict for dt, A and B")
     groups = {"log_dt": "dt", "log_A_real": "A", "A_imag": "A", "P": "A", "B": "B"}
     rates = {}
