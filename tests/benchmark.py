@@ -314,7 +314,7 @@ def bench_s4(table, module):
     with torch.no_grad():                                    # the parameter of the paper: C (1 - A_bar^l)
         A_bar, _, (C,) = layer.discretize()
         C = C - (C[:, None] @ torch.linalg.matrix_power(A_bar, L))[:, 0]
-        C = torch.stack([C[:, :N // 2], -C[:, N // 2:]], -1).float() / 2
+        C = (C.unflatten(-1, (-1, 2)) * torch.tensor([1.0, -1.0])).float() / 2
     C.requires_grad_()
 
     def textbook():
