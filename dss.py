@@ -61,8 +61,7 @@ class DSS(nn.Module):
         check(d_state > 0, f"{d_state=}: pass a positive number")
         check(l_max > 0, f"{l_max=}: pass a positive number of steps")
         check(version in ("softmax", "exp"), f"{version=}: choose softmax or exp")
-        check(0 < dt_min <= dt_max < math.inf,
-              f"{dt_min=}, {dt_max=}: pass 0 < dt_min <= dt_max")
+        check(0 < dt_min <= dt_max < math.inf, f"{dt_min=}, {dt_max=}: pass 0 < min <= max")
         self.h, self.n, self.version, self.l_max = d_model, d_state, version, l_max
         log_dt = math.log(dt_min) + torch.rand(d_model) * math.log(dt_max / dt_min)
         self.log_dt = nn.Parameter(log_dt)
@@ -74,15 +73,11 @@ class DSS(nn.Module):
         self.ssm_lr = {"log_dt": lr, "Lambda_re": lr, "Lambda_im": lr}
 
     def discretize(self, rate=1.0):
-        """(2) at step size rate * dt: A_bar, B_bar, C, (h, n) complex128; see also
-        softmax_weights.
-
-        In double precision, because an error of A_bar grows k-fold in A_bar^k.
-        """
+        """(2) at step size rate * dt: A_bar, B_bar, C, (h, n) complex128,
+        because an error of A_bar grows k-fold in A_bar^k. See also softmax_weights."""
         if not 0 < rate < math.inf:
             raise ValueError(f"{rate=}: pass a positive number")
-        check(self.D.dtype in (torch.float32, torch.float64),
-              f"parameters are {self.D.dtype}: too coarse for A, use float32 and autocast")
+        check(self.D.dtype.itemsize > 2, f"parameters are {self.D.dtype}: use autocast")
         dt = self.log_dt.double().exp()[:, None]                # (h, 1)
         W = torch.view_as_complex(self.W.double())              # (h, n)
         real = self.Lambda_re.double()
@@ -104,9 +99,7 @@ class DSS(nn.Module):
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once: u (b, h), state (b, h, n) -> y (b, h), next state.
-
-        discrete: what discretize() returned, to use it for many steps
-        """
+        discrete: what discretize() returned, to use it for many steps."""
         self.check_input(u, 2, state)
         A_bar, B_bar, C = discrete or self.discretize(rate)
         x = A_bar * state + B_bar * u[..., None]        # (b, h, n)

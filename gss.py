@@ -64,8 +64,7 @@ class GSS(nn.Module):
         check(expand > 0, f"{expand=}: pass a positive number")
         check(bottleneck > 0 and d_model % bottleneck == 0,
               f"{bottleneck=}: pass a divisor of d_model = {d_model}")
-        check(0 < dt_min <= dt_max < math.inf,
-              f"{dt_min=}, {dt_max=}: pass 0 < dt_min <= dt_max")
+        check(0 < dt_min <= dt_max < math.inf, f"{dt_min=}, {dt_max=}: pass 0 < min <= max")
         self.h, self.c, self.n = d_model, d_model // bottleneck, d_state
         A = initial_eigenvalues(measure, self.c, d_state)                 # (c, n)
         log_dt = math.log(dt_min) + torch.rand(self.c) * math.log(dt_max / dt_min)
@@ -89,14 +88,11 @@ class GSS(nn.Module):
         self.output_linear = nn.Linear(width, d_model)                          # W_o
 
     def discretize(self, rate=1.0):
-        """(2) at step size rate * dt: A_bar, B_bar, C, (c, n) complex128.
-
-        In double precision, because an error of A_bar grows k-fold in A_bar^k.
-        """
+        """(2) at step size rate * dt: A_bar, B_bar, C, (c, n) complex128,
+        because an error of A_bar grows k-fold in A_bar^k."""
         if not 0 < rate < math.inf:
             raise ValueError(f"{rate=}: pass a positive number")
-        check(self.D.dtype in (torch.float32, torch.float64),
-              f"parameters are {self.D.dtype}: too coarse for A, use float32 and autocast")
+        check(self.D.dtype.itemsize > 2, f"parameters are {self.D.dtype}: use autocast")
         dt = rate * self.log_dt.double().exp()[:, None]         # (c, 1)
         A = torch.complex(-self.log_A_real.double().exp(), self.A_imag.double())
         B_bar = torch.expm1(dt * A) / A
@@ -110,9 +106,7 @@ class GSS(nn.Module):
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(1) around (2): u (b, h), state (b, c, n) -> o (b, h), next state.
-
-        discrete: what discretize() returned, to use it for many steps
-        """
+        discrete: what discretize() returned, to use it for many steps."""
         self.check_input(u, 2, state)
         A_bar, B_bar, C = discrete or self.discretize(rate)
         v = self._enter(u)                              # (b, c)

@@ -75,14 +75,11 @@ class LRU(nn.Module):
         self.ssm_lr = {"nu_log": lr, "theta_log": lr, "gamma_log": lr, "B": lr}
 
     def discretize(self, rate=1.0):
-        """(2): A_bar (n), B_bar (n, h), C (h, n) complex128.
-
-        In double precision, because an error of A_bar grows k-fold in A_bar^k.
-        """
+        """(2): A_bar (n), B_bar (n, h), C (h, n) complex128,
+        because an error of A_bar grows k-fold in A_bar^k."""
         if not 0 < rate < math.inf:
             raise ValueError(f"{rate=}: pass a positive number")
-        check(self.D.dtype in (torch.float32, torch.float64),
-              f"parameters are {self.D.dtype}: too coarse for A, use float32 and autocast")
+        check(self.D.dtype.itemsize > 2, f"parameters are {self.D.dtype}: use autocast")
         # a phase just below 2 pi is a slow rotation backwards: theta in [-pi, pi)
         theta = self.theta_log.double().exp()
         theta = torch.remainder(theta + math.pi, 2 * math.pi) - math.pi
@@ -97,9 +94,7 @@ class LRU(nn.Module):
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once: u (b, h), state (b, n) -> y (b, h), next state.
-
-        discrete: what discretize() returned, to use it for many steps
-        """
+        discrete: what discretize() returned, to use it for many steps."""
         self.check_input(u, 2, state)
         A_bar, B_bar, C = discrete or self.discretize(rate)
         x = A_bar * state + u.to(B_bar.dtype) @ B_bar.mT        # (b, n)

@@ -169,8 +169,7 @@ class S4(nn.Module):
         check(gate is None or gate > 0, f"{gate=}: pass None or a positive number")
         check(bottleneck is None or bottleneck > 0 and d_model % bottleneck == 0,
               f"{bottleneck=}: pass None or a divisor of d_model = {d_model}")
-        check(0 < dt_min <= dt_max < math.inf,
-              f"{dt_min=}, {dt_max=}: pass 0 < dt_min <= dt_max")
+        check(0 < dt_min <= dt_max < math.inf, f"{dt_min=}, {dt_max=}: pass 0 < min <= max")
         h = d_model // (bottleneck or 1)
         copies = h if n_ssm is None else n_ssm
         check(copies > 0 and h % copies == 0, f"{n_ssm=}: pass a divisor of {h}")
@@ -202,8 +201,7 @@ class S4(nn.Module):
         """Lambda, P (None in mode diag), B, C complex128 and dt (h, 1) of each feature."""
         if not 0 < rate < math.inf:
             raise ValueError(f"{rate=}: pass a positive number")
-        check(self.D.dtype in (torch.float32, torch.float64),
-              f"parameters are {self.D.dtype}: too coarse for A, use float32 and autocast")
+        check(self.D.dtype.itemsize > 2, f"parameters are {self.D.dtype}: use autocast")
         real = self.log_A_real.double()
         if self.real_type == "exp":
             real = real.exp()
@@ -219,11 +217,8 @@ class S4(nn.Module):
         return Lambda, P, B, C, rate * self.log_dt.double().exp()[:, None]
 
     def discretize(self, rate=1.0):
-        """(1) at step size rate * dt: A_bar (h, n, n), B_bar (h, n), C (m, h, n) float64;
-        in mode diag A_bar (h, n/2) complex128.
-
-        In double precision, because an error of A_bar grows k-fold in A_bar^k.
-        """
+        """(1) at step size rate * dt: A_bar (h, n, n), in mode diag (h, n/2) complex, B_bar
+        (h, n), C (m, h, n): double, because an error of A_bar grows k-fold in A_bar^k."""
         if self.mode == "diag":
             return discretize_diagonal(self, rate)
         Lambda, P, B, C, dt = self.continuous(rate)
@@ -242,9 +237,7 @@ class S4(nn.Module):
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(1) once: u (b, d_model), state -> y (b, m d_model), next state.
-
-        discrete: what discretize() returned, to use it for many steps
-        """
+        discrete: what discretize() returned, to use it for many steps."""
         self.check_input(u, 2, state)
         A_bar, B_bar, C = discrete or self.discretize(rate)
         v = enter_block(self, u)

@@ -57,8 +57,7 @@ class S4D(nn.Module):
                  real_random=False, imag_random=False, dt_min=1e-3, dt_max=1e-1, lr=1e-3):
         super().__init__()
         check(disc in ("zoh", "bilinear"), f"{disc=}: choose zoh or bilinear")
-        check(0 < dt_min <= dt_max < math.inf,
-              f"{dt_min=}, {dt_max=}: pass 0 < dt_min <= dt_max")
+        check(0 < dt_min <= dt_max < math.inf, f"{dt_min=}, {dt_max=}: pass 0 < min <= max")
         self.h, self.n, self.disc = d_model, d_state, disc
         A = initial_A(measure, d_model, d_state, real_random, imag_random)      # (h, n/2)
         log_dt = math.log(dt_min) + torch.rand(d_model) * math.log(dt_max / dt_min)
@@ -70,14 +69,11 @@ class S4D(nn.Module):
         self.ssm_lr = {"log_dt": lr, "log_A_real": lr, "A_imag": lr}
 
     def discretize(self, rate=1.0):
-        """(2) at step size rate * dt: A_bar, B_bar, 2 C, (h, n/2) complex128.
-
-        In double precision, because an error of A_bar grows k-fold in A_bar^k.
-        """
+        """(2) at step size rate * dt: A_bar, B_bar, 2 C, (h, n/2) complex128,
+        because an error of A_bar grows k-fold in A_bar^k."""
         if not 0 < rate < math.inf:
             raise ValueError(f"{rate=}: pass a positive number")
-        check(self.D.dtype in (torch.float32, torch.float64),
-              f"parameters are {self.D.dtype}: too coarse for A, use float32 and autocast")
+        check(self.D.dtype.itemsize > 2, f"parameters are {self.D.dtype}: use autocast")
         dt = rate * self.log_dt.double().exp()[:, None]         # (h, 1)
         A = torch.complex(-self.log_A_real.double().exp(), self.A_imag.double())
         C = 2 * torch.view_as_complex(self.C.double())          # 2 for the pairs
@@ -91,9 +87,7 @@ class S4D(nn.Module):
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once: u (b, h), state (b, h, n/2) -> y (b, h), next state.
-
-        discrete: what discretize() returned, to use it for many steps
-        """
+        discrete: what discretize() returned, to use it for many steps."""
         self.check_input(u, 2, state)
         A_bar, B_bar, C = discrete or self.discretize(rate)
         x = A_bar * state + B_bar * u[..., None]        # (b, h, n/2)

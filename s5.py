@@ -72,8 +72,7 @@ class S5(nn.Module):
               f"{d_state=}, {blocks=}: with conj_sym, d_state / blocks must be even")
         check(disc in ("zoh", "bilinear"), f"{disc=}: choose zoh or bilinear")
         check(0 < step_rescale < math.inf, f"{step_rescale=}: pass a positive number")
-        check(0 < dt_min <= dt_max < math.inf,
-              f"{dt_min=}, {dt_max=}: pass 0 < dt_min <= dt_max")
+        check(0 < dt_min <= dt_max < math.inf, f"{dt_min=}, {dt_max=}: pass 0 < min <= max")
         self.h, self.disc, self.step_rescale = d_model, disc, step_rescale
         self.conj_sym, self.clip_eigs = conj_sym, clip_eigs
         self.bidirectional = bidirectional
@@ -99,14 +98,11 @@ class S5(nn.Module):
         self.ssm_lr = {"log_step": lr, "Lambda_re": lr, "Lambda_im": lr, "B": lr}
 
     def discretize(self, rate=1.0):
-        """(2) at step size rate * dt: A_bar (p), B_bar (p, h), C (h, p) complex128.
-
-        In double precision, because an error of A_bar grows k-fold in A_bar^k.
-        """
+        """(2) at step size rate * dt: A_bar (p), B_bar (p, h), C (h, p) complex128,
+        because an error of A_bar grows k-fold in A_bar^k."""
         if not 0 < rate < math.inf:
             raise ValueError(f"{rate=}: pass a positive number")
-        check(self.D.dtype in (torch.float32, torch.float64),
-              f"parameters are {self.D.dtype}: too coarse for A, use float32 and autocast")
+        check(self.D.dtype.itemsize > 2, f"parameters are {self.D.dtype}: use autocast")
         dt = rate * self.step_rescale * self.log_step.double().exp()
         real = self.Lambda_re.double()
         if self.clip_eigs:
@@ -129,9 +125,7 @@ class S5(nn.Module):
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once: u (b, h), state (b, p) -> y (b, h), next state.
-
-        discrete: what discretize() returned, to use it for many steps
-        """
+        discrete: what discretize() returned, to use it for many steps."""
         self.check_input(u, 2, state)
         A_bar, B_bar, C = discrete or self.discretize(rate)
         x = A_bar * state + u.to(B_bar.dtype) @ B_bar.mT        # (b, p)

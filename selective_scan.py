@@ -57,8 +57,7 @@ class SelectiveSSM(nn.Module):
             dt_rank = math.ceil(d_model / 16)
         check(d_state > 0, f"{d_state=}: pass a positive number")
         check(dt_rank > 0, f"{dt_rank=}: pass auto, or a positive number")
-        check(0 < dt_min <= dt_max < math.inf,
-              f"{dt_min=}, {dt_max=}: pass 0 < dt_min <= dt_max")
+        check(0 < dt_min <= dt_max < math.inf, f"{dt_min=}, {dt_max=}: pass 0 < min <= max")
         self.d, self.n, self.dt_rank = d_model, d_state, dt_rank
         self.x_proj = nn.Linear(d_model, dt_rank + 2 * d_state, bias=False)     # dt, B, C
         self.dt_proj = nn.Linear(dt_rank, d_model)
@@ -77,8 +76,7 @@ class SelectiveSSM(nn.Module):
         """What of (1) and (2) does not depend on the input: A (d, n) float64, and rate."""
         if not 0 < rate < math.inf:
             raise ValueError(f"{rate=}: pass a positive number")
-        check(self.D.dtype in (torch.float32, torch.float64),
-              f"parameters are {self.D.dtype}: too coarse for A, use float32 and autocast")
+        check(self.D.dtype.itemsize > 2, f"parameters are {self.D.dtype}: use autocast")
         return -self.A_log.double().exp(), rate
 
     def initial_state(self, batch_size):
@@ -92,9 +90,7 @@ class SelectiveSSM(nn.Module):
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(1) once: u (b, d), state (b, d, n) -> y (b, d), next state.
-
-        discrete: what discretize() returned, to use it for many steps
-        """
+        discrete: what discretize() returned, to use it for many steps."""
         check_input(u, 2, self.d)
         check_state(state, (len(u), self.d, self.n))
         A, rate = discrete or self.discretize(rate)
