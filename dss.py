@@ -126,34 +126,29 @@ class DSS(nn.Module):
         """
         self.check_input(u, 3, state)
         check(method in ("conv", "step"), f"{method=}: choose conv or step")
-        run = self._convolution if method == "conv" else self._recurrence
-        with full_precision(u):
-            y, last = run(u.to(self.D.dtype), state, rate)
-        return y.to(u.dtype), last
-
-    def _recurrence(self, u, state, rate):
-        x = self.initial_state(len(u)) if state is None else state
         discrete = self.discretize(rate)
         self.check_length(u.shape[-1], rate)
-        outputs = []
-        for u_k in u.unbind(-1):
-            y_k, x = self.step(u_k, x, discrete=discrete)
-            outputs.append(y_k)
-        return torch.stack(outputs, -1), None if state is None else x
-
-    def _convolution(self, u, state, rate):
+        if method == "step":
+            x = self.initial_state(len(u)) if state is None else state
+            outputs = []
+            for u_k in u.unbind(-1):
+                y_k, x = self.step(u_k, x, discrete=discrete)
+                outputs.append(y_k)
+            return torch.stack(outputs, -1), None if state is None else x
+        A_bar, B_bar, C = discrete
         l = u.shape[-1]
-        A_bar, B_bar, C = self.discretize(rate)
-        self.check_length(l, rate)
-        digits = two_digits(A_bar, l, torch.view_as_complex(self.W).dtype)
-        K = vandermonde(C * B_bar, digits, l)           # as kernel()
-        D = F.pad(self.D[:, None], (0, l - 1))          # D u: an impulse at k = 0
-        y = fft_conv(u, K + D)                          # (b, h, l)
-        if state is None:
-            return y, None
-        # the state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the last state
-        y = y + vandermonde(C * A_bar * state, digits, l)
-        return y, A_bar ** l * state + last_state(u, B_bar, digits)
+        v = u.to(self.D.dtype)
+        last = None
+        with full_precision(u):
+            digits = two_digits(A_bar, l, torch.view_as_complex(self.W).dtype)
+            K = vandermonde(C * B_bar, digits, l)       # as kernel(), with digits at hand
+            D = F.pad(self.D[:, None], (0, l - 1))      # D u: an impulse at k = 0
+            y = fft_conv(v, K + D)                      # (b, h, l)
+            if state is not None:
+                # it adds C A_bar^{k+1} x to y_k, and A_bar^l x to the last state
+                y = y + vandermonde(C * A_bar * state, digits, l)
+                last = A_bar ** l * state + last_state(v, B_bar, digits)
+        return y.to(u.dtype), last
 
     def check_input(self, u, dims, state):
         """dims 2: u (b, h); dims 3: u (b, h, l); state (b, h, n) or None."""

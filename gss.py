@@ -132,11 +132,27 @@ class GSS(nn.Module):
         """
         self.check_input(u, 3, state)
         check(method in ("conv", "step"), f"{method=}: choose conv or step")
+        discrete = self.discretize(rate)
         if method == "step":
-            return self._recurrence(u, state, rate)
-        v = self._enter(u)                              # (b, c, l)
+            x = self.initial_state(len(u)) if state is None else state
+            outputs = []
+            for u_k in u.unbind(-1):
+                y_k, x = self.step(u_k, x, discrete=discrete)
+                outputs.append(y_k)
+            return torch.stack(outputs, -1), None if state is None else x
+        A_bar, B_bar, C = discrete
+        l = u.shape[-1]
+        v = self._enter(u).to(self.D.dtype)             # (b, c, l)
+        last = None
         with full_precision(u):
-            y, last = self._convolution(v.to(self.D.dtype), state, rate)
+            digits = two_digits(A_bar, l, torch.view_as_complex(self.C).dtype)
+            K = vandermonde(C * B_bar, digits, l)       # as kernel(), with digits at hand
+            D = F.pad(self.D[:, None], (0, l - 1))      # D v: an impulse at k = 0
+            y = fft_conv(v, K + D)                      # (b, c, l)
+            if state is not None:
+                # it adds C A_bar^{k+1} x to y_k, and A_bar^l x to the last state
+                y = y + vandermonde(C * A_bar * state, digits, l)
+                last = A_bar ** l * state + last_state(v, B_bar, digits)
         return self._leave(y, u), last
 
     def _enter(self, u):
@@ -149,28 +165,6 @@ class GSS(nn.Module):
             gate = F.gelu(channel_map(self.input_gate, u))      # (b, h expand, l)
             y = channel_map(self.output_gate, y) * gate
         return channel_map(self.output_linear, y).to(u.dtype)
-
-    def _recurrence(self, u, state, rate):
-        x = self.initial_state(len(u)) if state is None else state
-        discrete = self.discretize(rate)
-        outputs = []
-        for u_k in u.unbind(-1):
-            y_k, x = self.step(u_k, x, discrete=discrete)
-            outputs.append(y_k)
-        return torch.stack(outputs, -1), None if state is None else x
-
-    def _convolution(self, v, state, rate):
-        l = v.shape[-1]
-        A_bar, B_bar, C = self.discretize(rate)
-        digits = two_digits(A_bar, l, torch.view_as_complex(self.C).dtype)
-        K = vandermonde(C * B_bar, digits, l)           # as kernel()
-        D = F.pad(self.D[:, None], (0, l - 1))          # D v: an impulse at k = 0
-        y = fft_conv(v, K + D)                          # (b, c, l)
-        if state is None:
-            return y, None
-        # the state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the last state
-        y = y + vandermonde(C * A_bar * state, digits, l)
-        return y, A_bar ** l * state + last_state(v, B_bar, digits)
 
     def check_input(self, u, dims, state):
         """dims 2: u (b, h); dims 3: u (b, h, l); state (b, c, n) or None."""

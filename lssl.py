@@ -137,35 +137,31 @@ class LSSL(nn.Module):
         """
         self.check_input(u, 3, state)
         check(method in ("conv", "step"), f"{method=}: choose conv or step")
-        run = self._convolution if method == "conv" else self._recurrence
-        with full_precision(u):
-            y, last = run(u.to(self.D.dtype), state, rate)
-        return y.to(u.dtype), last
-
-    def _recurrence(self, u, state, rate):
-        x = self.initial_state(len(u)) if state is None else state
         discrete = self.discretize(rate)
-        outputs = []
-        for u_k in u.unbind(-1):
-            y_k, x = self.step(u_k, x, discrete=discrete)
-            outputs.append(y_k)
-        return torch.stack(outputs, -1), None if state is None else x
-
-    def _convolution(self, u, state, rate):
+        if method == "step":
+            x = self.initial_state(len(u)) if state is None else state
+            outputs = []
+            for u_k in u.unbind(-1):
+                y_k, x = self.step(u_k, x, discrete=discrete)
+                outputs.append(y_k)
+            return torch.stack(outputs, -1), None if state is None else x
+        A_bar, B_bar, C = discrete
         l = u.shape[-1]
-        A_bar, B_bar, C = self.discretize(rate)
-        low, high = squares(A_bar, l, u.dtype)
+        v = u.to(self.D.dtype)
         x = B_bar[None]                                 # K is the answer to the state B_bar
         if state is not None:
             x = torch.cat([x, times(A_bar, state.double())])            # (1 + b, h, n)
-        x = x.to(u)
-        answers = response(C.to(u), low, high, x)[..., :l]              # (1 + b, m, h, l)
-        D = F.pad(self.D[..., None], (0, l - 1))        # D u: an impulse at k = 0
-        y = fft_conv(u[:, None], answers[0] + D)        # (b, m, h, l)
-        if state is None:
-            return y.flatten(1, 2), None
-        last = final_state(x[1:], u, x[0], low, high)
-        return (y + answers[1:]).flatten(1, 2), last.double()
+        x = x.to(v)
+        last = None
+        with full_precision(u):
+            low, high = squares(A_bar, l, v.dtype)
+            answers = response(C.to(v), low, high, x)[..., :l]          # (1 + b, m, h, l)
+            D = F.pad(self.D[..., None], (0, l - 1))    # D u: an impulse at k = 0
+            y = fft_conv(v[:, None], answers[0] + D)    # (b, m, h, l)
+            if state is not None:
+                y = y + answers[1:]
+                last = final_state(x[1:], v, x[0], low, high).double()
+        return y.flatten(1, 2).to(u.dtype), last
 
     def check_input(self, u, dims, state):
         """dims 2: u (b, h); dims 3: u (b, h, l); state (b, h, n) or None."""

@@ -273,41 +273,35 @@ class S4(nn.Module):
         self.check_input(u, 3, state)
         check(method in ("conv", "step"), f"{method=}: choose conv or step")
         if method == "step":
-            return self._recurrence(u, state, rate)
-        v = enter_block(self, u)                        # (b, h, l)
-        with full_precision(u):
-            y, last = self._convolution(v.to(self.D.dtype), state, rate)
-        return leave_block(self, y, u), last
-
-    def _recurrence(self, u, state, rate):
-        x = self.initial_state(len(u)) if state is None else state
-        discrete = self.discretize(rate)
-        outputs = []
-        for u_k in u.unbind(-1):
-            y_k, x = self.step(u_k, x, discrete=discrete)
-            outputs.append(y_k)
-        return torch.stack(outputs, -1), None if state is None else x
-
-    def _convolution(self, u, state, rate):
-        l = u.shape[-1]
+            x = self.initial_state(len(u)) if state is None else state
+            discrete = self.discretize(rate)
+            outputs = []
+            for u_k in u.unbind(-1):
+                y_k, x = self.step(u_k, x, discrete=discrete)
+                outputs.append(y_k)
+            return torch.stack(outputs, -1), None if state is None else x
+        v = enter_block(self, u).to(self.D.dtype)       # (b, h, l)
+        l = v.shape[-1]
         m = self.channels
-        if state is None:
-            K = self.kernel(l, rate).unflatten(0, (-1, self.h))         # (m, h, l)
-        else:
-            A_bar, B_bar, C = self.discretize(rate)
-            low, high = squares(A_bar, l, u.dtype)
-            x = torch.cat([B_bar[None], times(A_bar, state.double())]).to(u)
-            answers = response(C.to(u), low, high, x)[..., :l]          # (1 + b, m, h, l)
-            K = answers[0]                              # K is the answer to the state B_bar
-        D = F.pad(self.D[..., None], (0, l - 1))        # D u: an impulse at k = 0
-        y = fft_conv(u[:, None], K[:m] + D)             # (b, m, h, l)
-        if self.bidirectional:
-            future = fft_conv(u.flip(-1)[:, None], K[m:]).flip(-1)
-            y = y + F.pad(future[..., 1:], (0, 1))      # one step later
-        if state is None:
-            return y.flatten(1, 2), None
-        last = final_state(x[1:], u, x[0], low, high)
-        return (y + answers[1:]).flatten(1, 2), last.double()
+        last = None
+        with full_precision(u):
+            if state is None:
+                K = self.kernel(l, rate).unflatten(0, (-1, self.h))     # (m, h, l)
+            else:
+                A_bar, B_bar, C = self.discretize(rate)
+                low, high = squares(A_bar, l, v.dtype)
+                x = torch.cat([B_bar[None], times(A_bar, state.double())]).to(v)
+                answers = response(C.to(v), low, high, x)[..., :l]      # (1 + b, m, h, l)
+                K = answers[0]                          # K is the answer to the state B_bar
+            D = F.pad(self.D[..., None], (0, l - 1))    # D v: an impulse at k = 0
+            y = fft_conv(v[:, None], K[:m] + D)         # (b, m, h, l)
+            if self.bidirectional:
+                future = fft_conv(v.flip(-1)[:, None], K[m:]).flip(-1)
+                y = y + F.pad(future[..., 1:], (0, 1))  # one step later
+            if state is not None:
+                y = y + answers[1:]
+                last = final_state(x[1:], v, x[0], low, high).double()
+        return leave_block(self, y.flatten(1, 2), u), last
 
     def check_input(self, u, dims, state):
         """dims 2: u (b, d_model); dims 3: u (b, d_model, l); state as initial_state()."""
