@@ -65,10 +65,12 @@ class LRU(nn.Module):
         check(0 < max_phase < math.inf, f"{max_phase=}: pass a positive number")
         self.h, self.n = d_model, d_state
         D = torch.randn(d_model)
-        nu_log, theta_log, gamma_log = ring(d_state, r_min, r_max, max_phase)
-        self.nu_log = nn.Parameter(nu_log.to(D))
-        self.theta_log = nn.Parameter(theta_log.to(D))
-        self.gamma_log = nn.Parameter(gamma_log.to(D))
+        # uniform in area on a ring, without the very ends, where a logarithm is infinite
+        uniform = 1e-6 + (1 - 2e-6) * torch.rand(2, d_state, dtype=torch.float64)
+        square = uniform[0] * (r_max ** 2 - r_min ** 2) + r_min ** 2    # |lambda|^2
+        self.nu_log = nn.Parameter(torch.log(-0.5 * torch.log(square)).to(D))
+        self.theta_log = nn.Parameter(torch.log(max_phase * uniform[1]).to(D))
+        self.gamma_log = nn.Parameter(0.5 * torch.log(1 - square).to(D))
         self.B = nn.Parameter(torch.randn(d_state, d_model, 2) / (2 * d_model) ** 0.5)
         self.C = nn.Parameter(torch.randn(d_model, d_state, 2) / d_state ** 0.5)
         self.D = nn.Parameter(D)
@@ -191,21 +193,6 @@ def as_real(z):
 def full_precision(u):
     """Switch autocast off: half precision is too coarse for a long recurrence."""
     return torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False)
-
-
-# ---- where lambda starts ----
-
-def ring(n, r_min, r_max, max_phase):
-    """nu_log, theta_log, gamma_log (n) float64: lambda uniform in area on a ring.
-
-    |lambda|^2 is uniform in (r_min^2, r_max^2), the phase in (0, max_phase), without the
-    very ends, where a logarithm would be infinite.
-    """
-    uniform = 1e-6 + (1 - 2e-6) * torch.rand(2, n, dtype=torch.float64)
-    square = uniform[0] * (r_max ** 2 - r_min ** 2) + r_min ** 2        # |lambda|^2
-    nu = -0.5 * torch.log(square)
-    phase = max_phase * uniform[1]
-    return torch.log(nu), torch.log(phase), 0.5 * torch.log(1 - square)
 
 
 def check(ok, message):

@@ -85,11 +85,8 @@ class LSSL(nn.Module):
         self.B = nn.Parameter(B.to(log_dt), requires_grad=train_A != "no")
         self.C = nn.Parameter(torch.randn(channels, d_model, d_state) / d_state ** 0.5)
         self.D = nn.Parameter(torch.randn(channels, d_model))
-        self.ssm_lr = {}
-        if train_A != "no":
-            self.ssm_lr = {"A": lr, "B": lr}
-        if train_dt:
-            self.ssm_lr["log_dt"] = lr
+        names = ("A", "B", "log_dt")
+        self.ssm_lr = {name: lr for name in names if getattr(self, name).requires_grad}
 
     def discretize(self, rate=1.0):
         """(5) at step size rate * dt: A_bar (h, n, n), B_bar (h, n), C (m, h, n) float64,

@@ -56,7 +56,8 @@ class S5(nn.Module):
     disc: zoh (zero-order hold, as above) or bilinear
     conj_sym: store one of each conjugate pair (n / blocks even)
     clip_eigs: use min(Re Lambda, -1e-4), so that training cannot make the system unstable
-    bidirectional: add C_2 z, z_k = A_bar z_{k+1} + B_bar u_k; then without a state
+    bidirectional: add C_2 z, z_k = A_bar z_{k+1} + B_bar u_k, with the second half C_2 of
+        C; then without a state
     step_rescale: a constant factor on rate
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of Lambda
     lr: learning rate of dt, Lambda and B, stored in ssm_lr for the optimizer
@@ -77,12 +78,9 @@ class S5(nn.Module):
         self.conj_sym, self.clip_eigs = conj_sym, clip_eigs
         self.bidirectional = bidirectional
         Lambda, V = make_DPLR_HiPPO(d_state // blocks)
-        if conj_sym:
-            half = len(Lambda) // 2
-            Lambda = Lambda[:half]                              # those with Im Lambda < 0
-            V = V[:, :half]
-        Lambda = Lambda.repeat(blocks)                          # (p)
-        V = torch.block_diag(*[V] * blocks)                     # (n, p)
+        stored = len(Lambda) // 2 if conj_sym else len(Lambda)  # those with Im Lambda < 0
+        Lambda = Lambda[:stored].repeat(blocks)                 # (p)
+        V = torch.block_diag(*[V[:, :stored]] * blocks)         # (n, p)
         self.p = len(Lambda)
         B = torch.randn(d_state, d_model, dtype=torch.float64) / d_model ** 0.5
         C = initial_C(C_init, d_model, V)
@@ -258,17 +256,15 @@ def initial_C(C_init, h, V):
     """C V (h, p) for V (n, p). Real and imaginary part of C have variance 1/n each
     (lecun_normal), or are standard normal and cut at +-2 (trunc_standard_normal);
     complex_normal draws C V itself, with variance 1."""
+    choices = ("lecun_normal", "trunc_standard_normal", "complex_normal")
+    check(C_init in choices, f"{C_init=}: choose from {choices}")
     n, p = V.shape
     if C_init == "complex_normal":
         return torch.randn(h, p, dtype=V.dtype)
     C = torch.randn(2, h, n, dtype=torch.float64) / n ** 0.5
-    if C_init == "lecun_normal":
-        return torch.complex(C[0], C[1]) @ V
     if C_init == "trunc_standard_normal":
-        C = nn.init.trunc_normal_(C, a=-2.0, b=2.0)
-        return torch.complex(C[0], C[1]) @ V
-    raise ValueError(f"{C_init=}: choose lecun_normal, trunc_standard_normal or "
-                     "complex_normal")
+        nn.init.trunc_normal_(C, a=-2.0, b=2.0)
+    return torch.complex(C[0], C[1]) @ V
 
 
 def check(ok, message):

@@ -32,6 +32,7 @@ rate is 1, or 2 for the same signal sampled half as often.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -53,8 +54,7 @@ class SelectiveSSM(nn.Module):
     def __init__(self, d_model, d_state=16, *, dt_rank="auto", dt_min=1e-3, dt_max=1e-1,
                  lr=None):
         super().__init__()
-        if dt_rank == "auto":
-            dt_rank = math.ceil(d_model / 16)
+        dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         check(d_state > 0, f"{d_state=}: pass a positive number")
         check(dt_rank > 0, f"{dt_rank=}: pass auto, or a positive number")
         check(0 < dt_min <= dt_max < math.inf, f"{dt_min=}, {dt_max=}: pass 0 < min <= max")
@@ -67,10 +67,8 @@ class SelectiveSSM(nn.Module):
         minus_A = torch.arange(1.0, d_state + 1)                # as S4D-Real
         self.A_log = nn.Parameter(minus_A.log().repeat(d_model, 1))
         self.D = nn.Parameter(torch.ones(d_model))
-        self.ssm_lr = {}
-        if lr is not None:
-            names = "dt_proj.weight", "dt_proj.bias", "A_log", "x_proj.weight"
-            self.ssm_lr = dict.fromkeys(names, lr)
+        names = ("dt_proj.weight", "dt_proj.bias", "A_log", "x_proj.weight")
+        self.ssm_lr = {} if lr is None else dict.fromkeys(names, lr)
 
     def discretize(self, rate=1.0):
         """What of (1) and (2) does not depend on the input: A (d, n) float64, and rate."""
@@ -91,8 +89,7 @@ class SelectiveSSM(nn.Module):
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(1) once: u (b, d), state (b, d, n) -> y (b, d), next state.
         discrete: what discretize() returned, to use it for many steps."""
-        check_input(u, 2, self.d)
-        check_state(state, (len(u), self.d, self.n))
+        check_input(u, 2, self.d, state, (self.d, self.n))
         A, rate = discrete or self.discretize(rate)
         with full_precision(u):
             dt, B, C = self.select(u, rate)
@@ -107,9 +104,7 @@ class SelectiveSSM(nn.Module):
         method: scan, or step, which is (1) as it stands: the same numbers
         Raises ValueError for a u, state, rate or method that does not fit.
         """
-        check_input(u, 3, self.d)
-        if state is not None:
-            check_state(state, (len(u), self.d, self.n))
+        check_input(u, 3, self.d, state, (self.d, self.n))
         check(method in ("scan", "step"), f"{method=}: choose scan or step")
         A, rate = self.discretize(rate)
         scan = step_by_step                             # in double precision, as A is
@@ -141,8 +136,7 @@ class Mamba(SelectiveSSM):
                  dt_min=1e-3, dt_max=1e-1, lr=None):
         check(d_conv > 0, f"{d_conv=}: pass a positive number")
         check(expand > 0, f"{expand=}: pass a positive number")
-        if dt_rank == "auto":
-            dt_rank = math.ceil(d_model / 16)
+        dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         super().__init__(expand * d_model, d_state, dt_rank=dt_rank, dt_min=dt_min,
                          dt_max=dt_max, lr=lr)
         self.h, self.d_conv = d_model, d_conv
@@ -157,9 +151,8 @@ class Mamba(SelectiveSSM):
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """The block once: u (b, h), state -> o (b, h), next state."""
-        check_input(u, 2, self.h)
         inputs, x = state
-        check_state(inputs, (len(u), self.d, self.d_conv - 1))
+        check_input(u, 2, self.h, inputs, (self.d, self.d_conv - 1))
         v, z = channel_map(self.in_proj, u).chunk(2, 1)         # (b, d) each
         v = torch.cat([inputs.to(v.dtype), v[..., None]], -1)   # (b, d, d_conv)
         inputs = v[..., 1:].to(self.D.dtype)
@@ -170,9 +163,8 @@ class Mamba(SelectiveSSM):
 
     def forward(self, u, state=None, *, rate=1.0, method="scan"):
         """u (b, h, l), state or None -> o (b, h, l), last state or None."""
-        check_input(u, 3, self.h)
         inputs, x = self.initial_state(len(u)) if state is None else state
-        check_state(inputs, (len(u), self.d, self.d_conv - 1))
+        check_input(u, 3, self.h, inputs, (self.d, self.d_conv - 1))
         v, z = channel_map(self.in_proj, u).chunk(2, 1)         # (b, d, l) each
         v = torch.cat([inputs.to(v.dtype), v], -1)              # with what is still seen
         inputs = v[..., u.shape[-1]:].to(self.D.dtype)          # (b, d, d_conv - 1)
@@ -182,8 +174,8 @@ class Mamba(SelectiveSSM):
         return o.to(u.dtype), None if state is None else (inputs, x)
 
 
-# ---- the scan, in three ways: dt, u (l, b, d), B, C (l, b, n), A (n, d), x (b, n, d)
-# ---- -> y (l, b, d) without D, last x (b, n, d)
+# ---- the scan: by the definition, in blocks, and in groups of blocks ----
+# dt, u (l, b, d), B, C (l, b, n), A (n, d), x (b, n, d) -> y (l, b, d) without D, last x
 
 def step_by_step(dt, u, B, C, A, x):
     """The definition (1)."""
@@ -211,7 +203,7 @@ def scan_blocks(dt, u, B, C, A, x, T=16):
         inputs.append(B_i[..., None] * dtu_i[:, :, None])
     end = inputs[0]                                     # from x = 0
     for decay, dtBu in zip(decays[1:], inputs[1:]):
-        end = torch.addcmul(dtBu, decay, end)              # (J, b, n, d)
+        end = torch.addcmul(dtBu, decay, end)           # (J, b, n, d)
     starts = []
     block_decay = torch.exp(dt.sum(1)[:, :, None] * A)
     for decay_j, end_j in zip(block_decay.unbind(), end.unbind()):
@@ -220,7 +212,7 @@ def scan_blocks(dt, u, B, C, A, x, T=16):
     state = torch.stack(starts)
     outputs = []
     for decay, dtBu, C_i in zip(decays, inputs, C.unbind(1)):
-        state = torch.addcmul(dtBu, decay, state)          # (J, b, n, d)
+        state = torch.addcmul(dtBu, decay, state)       # (J, b, n, d)
         outputs.append((C_i[:, :, None] @ state)[:, :, 0])
     return torch.stack(outputs, 1).flatten(0, 1)[:l], x
 
@@ -274,7 +266,9 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None,
         if delta_softplus:
             dt = F.softplus(dt)
         x = u.new_zeros(b, d, n) if initial_state is None else initial_state
-        sequences = [time_first(t.to(dtype)) for t in (dt, u, B, C)]
+        # (b, c, l) -> (l, b, c) as one transpose of a matrix: torch copies that one fast
+        sequences = [t.to(dtype).flatten(0, 1).t().contiguous().unflatten(1, t.shape[:2])
+                     for t in (dt, u, B, C)]
         y, x = scan(*sequences, A.to(dtype).mT.contiguous(), x.to(dtype).mT)
         y = y.flatten(1).t().contiguous().view(b, d, l)
         if D is not None:
@@ -285,16 +279,8 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None,
     return (y, x.mT) if return_last_state else y
 
 
-def selective_scan_seq(u, delta, A, B, C, D=None, z=None, delta_bias=None,
-                       delta_softplus=False, return_last_state=False, initial_state=None):
-    """selective_scan_fn by the definition, one step after the other."""
-    return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus,
-                             return_last_state, initial_state, scan=step_by_step)
-
-
-def time_first(t):
-    """(b, c, l) -> (l, b, c), as one transpose of a matrix: torch copies that one fast."""
-    return t.flatten(0, 1).t().contiguous().unflatten(1, t.shape[:2])
+# the same by the definition, one step after the other
+selective_scan_seq = partial(selective_scan_fn, scan=step_by_step)
 
 
 def channel_map(linear, u):
@@ -311,16 +297,14 @@ def full_precision(u):
     return torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False)
 
 
-def check_input(u, dims, features):
-    """dims 2: u (b, features); dims 3: u (b, features, l)."""
+def check_input(u, dims, features, state, shape):
+    """dims 2: u (b, features); dims 3: u (b, features, l); state (b, *shape) or None."""
     fits = u.dim() == dims and u.shape[1] == features and u.numel() > 0
     check(fits and u.is_floating_point(),
           f"u is {u.dtype} {tuple(u.shape)}: pass floats, {features} features, {dims}-d")
-
-
-def check_state(state, shape):
-    check(state.shape == shape and state.is_floating_point(),
-          "state: pass one of the shape and type of initial_state()")
+    if state is not None:
+        check(state.shape == (len(u), *shape) and state.is_floating_point(),
+              "state: pass one of the shape and type of initial_state()")
 
 
 def check(ok, message):

@@ -9,19 +9,23 @@ import pytest
 import torch
 
 from layers import DOUBLE, error, golden, in_pieces, random_state, signal
-from lru import LRU, ring
+from lru import LRU
 from s5 import S5
 
 
 def test_initialization_is_the_official_one(monkeypatch):
     g = golden("lru")
     u = torch.from_numpy(np.stack([g["init_u1"], g["init_u2"]]))
-    inner = (u - 1e-6) / (1 - 2e-6)             # ring() avoids 0 and 1
+    inner = (u - 1e-6) / (1 - 2e-6)             # it avoids 0 and 1
     monkeypatch.setattr(torch, "rand", lambda *size, **_: inner)
-    names = ("init_r_min", "init_r_max", "init_max_phase")
-    found = ring(13, *(float(g[name]) for name in names))
-    for got, name in zip(found, ("nu_log", "theta_log", "gamma_log")):
-        assert error(got, g[f"init_{name}"]) <= 1e-9
+    options = {name: float(g[f"init_{name}"]) for name in ("r_min", "r_max", "max_phase")}
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer = LRU(1, 13, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in ("nu_log", "theta_log", "gamma_log"):
+        assert error(layer.get_parameter(name), g[f"init_{name}"]) <= 1e-9
 
 
 def test_ring_is_uniform_in_area_and_phase():
