@@ -7,8 +7,7 @@
     torchrun --nproc_per_node=2 example.py --model s4d      # several processes or GPUs
 
 Sequential CIFAR-10: the network reads an image as 1024 pixels, row by row, and names its
-class at the end. The binary edition is downloaded once (170 MB; to unpickle the Python
-edition would run code from it). Without a network, built-in images take its place.
+class at the end. The data is downloaded once (170 MB); offline, built-in images replace it.
 
 Each epoch leaves in runs/<model>/ last.pt, which holds all it takes to go on bit for bit,
 best.pt (by validation accuracy), metrics.csv and curves.png; the test, result.json.
@@ -19,7 +18,6 @@ import csv
 import ctypes
 import importlib
 import io
-import itertools
 import json
 import math
 import os
@@ -32,7 +30,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import distributed
 from torch import nn
 from torch.nn import functional as F
 
@@ -112,11 +109,10 @@ def find_cifar(args):
             with tarfile.open(archive) as tar:
                 for name in FILES:
                     write(folder / name, tar.extractfile(f"{FOLDER}/{name}").read())
-            archive.unlink()
+            archive.unlink(missing_ok=True)             # another process may have been here
             return folder
         except Exception as error:                      # no network, another checksum, ...
             print(f"download failed, attempt {attempt} of 3: {error}", flush=True)
-            time.sleep(2)
     if args.data == "cifar10" or WORLD > 1:     # processes must not choose differently
         sys.exit(f"no CIFAR-10 in {args.data_dir}, and the download failed")
     print("No CIFAR-10: training on the built-in images", flush=True)
@@ -138,14 +134,11 @@ def read_batches(folder, names):
 
 
 def builtin_images(n, seed):
-    """The built-in task: images (n, 1024, 3) and labels (n).
-
-    Of five bands, two are tinted warm and three cold: WHICH two is the class (10 in all).
-    Random brightness, noise and stripes hide it from the mean and from neighbours.
-    """
+    """Images (n, 1024, 3) of five bands, two warm and three cold: WHICH two is the class.
+    Random brightness, noise and stripes hide it from the mean and from neighbours."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % 10)
-    pairs = np.array(list(itertools.combinations(range(5), 2)))             # (10, 2)
+    pairs = np.stack(np.triu_indices(5, 1), axis=1)                         # (10, 2)
     warm = (pairs[labels, :, None] == np.arange(5)).any(1)                  # (n, 5)
     tint = np.where(warm, 1, -1) * rng.uniform(20, 40, (n, 5))
     tint = tint.repeat(6, axis=1)                                           # (n, 30)
@@ -164,15 +157,12 @@ def builtin_images(n, seed):
 def load_data(args):
     """Images and labels to train on, then for the test. Sets what depends on the data."""
     folder = None if args.data == "builtin" else find_cifar(args)
+    args.data = "cifar10" if folder else "builtin"
+    args.epochs = args.epochs or (100 if folder else 4)
+    args.batch_size = args.batch_size or (64 if folder else 16)
     if folder:
-        args.data = "cifar10"
-        args.epochs = args.epochs or 100
-        args.batch_size = args.batch_size or 64
         parts = [read_batches(folder, FILES[:-1]), read_batches(folder, FILES[-1:])]
     else:
-        args.data = "builtin"
-        args.epochs = args.epochs or 4
-        args.batch_size = args.batch_size or 16
         parts = [builtin_images(2000, args.seed), builtin_images(1000, args.seed + 10**6)]
     tensors = []
     for images, labels in parts:
@@ -192,7 +182,7 @@ def check(ok, message):
 class SequenceLayer(nn.Module):
     """Residual block norm(x + f(x)), or x + f(norm(x)) with prenorm; f = dropout(mix(ssm)).
 
-    ssm: state space layer of h = d_model features; norm: layer or batch
+    ssm: a state space layer of d_model features; norm: layer or batch
     activation: mix(y) is, with g = dropout(gelu(y)), one of
         glu: (V g) * sigmoid(W g), half_glu1: g * sigmoid(W g), half_glu2: y * sigmoid(W g),
         gelu: gelu(y), none: y
@@ -207,7 +197,7 @@ class SequenceLayer(nn.Module):
         self.d_model = d_model
         self.prenorm = prenorm
         self.activation = activation
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout1d(dropout)                # for (b, h, l)
         self.norm = nn.LayerNorm(d_model) if norm == "layer" else nn.BatchNorm1d(d_model)
         if "glu" in activation:
             self.out = nn.Linear(d_model, 2 * d_model if activation == "glu" else d_model)
@@ -215,18 +205,13 @@ class SequenceLayer(nn.Module):
     def normalize(self, x):
         return self.norm(x.flatten(0, 1)).view_as(x)        # every step is a sample
 
-    def mask(self, y):
-        """What dropout multiplies y (b, l, h) with: (b, 1, h)."""
-        return self.dropout(y.new_ones(len(y), 1, self.d_model))
-
     def mix(self, y):
-        """(b, l, h) -> (b, l, h), see activation."""
         if self.activation == "none":
             return y
         g = F.gelu(y)
         if self.activation == "gelu":
             return g
-        g = g * self.mask(g)
+        g = self.dropout(g.mT).mT
         z = self.out(g)                                     # (b, l, h), glu: (b, l, 2h)
         if self.activation == "glu":
             return F.glu(z, dim=-1)
@@ -234,20 +219,17 @@ class SequenceLayer(nn.Module):
 
     def forward(self, x, state=None, *, rate=1.0, discrete=None):
         """x (b, l, h), state or None -> (b, l, h), next state or None.
-
-        rate: factor on the step size; discrete: ssm.discretize(rate), for one step, l = 1
-        """
+        discrete: what ssm.discretize(rate) returned, for one step, l = 1."""
         check(x.dim() == 3 and x.shape[2] == self.d_model,
               f"x is {tuple(x.shape)}: pass (b, l, {self.d_model})")
         u = self.normalize(x) if self.prenorm else x
         if discrete is None:
             y, state = self.ssm(u.mT.contiguous(), state, rate=rate)        # (b, h, l)
-            y = y.mT.contiguous()                                           # (b, l, h)
         else:
-            y, state = self.ssm.step(u.squeeze(1), state, discrete=discrete)  # (b, h)
-            y = y[:, None]                                                  # (b, 1, h)
-        y = self.mix(y)
-        x = torch.addcmul(x, y, self.mask(y))               # x + y * mask, in one pass
+            y, state = self.ssm.step(u.squeeze(1), state, discrete=discrete)
+            y = y[..., None]                                                # (b, h, 1)
+        y = self.mix(y.mT.contiguous())                                     # (b, l, h)
+        x = x + self.dropout(y.mT).mT
         return (x if self.prenorm else self.normalize(x)), state
 
 
@@ -291,13 +273,13 @@ class StackedSSM(nn.Module):
         """x (b, l, *d_input) -> (b, *d_output) or, without pool, (b, l, *d_output)."""
         check(x.dim() > 1 and x.shape[2:] == self.d_input and x.shape[1] > 0,
               f"x is {tuple(x.shape)}: pass (b, l, *{tuple(self.d_input)})")
-        states, total, count = state or ([None] * len(self.layers), 0, 0)
+        nothing = [None] * len(self.layers)
+        states, total, count = state or (nothing, 0, 0)
         x = self.encoder(((x - self.mean) / self.std).flatten(2))           # (b, l, h)
         after = []
-        for i, layer in enumerate(self.layers):
-            matrices = discrete[i] if discrete else None
-            x, next_state = layer(x, states[i], rate=rate, discrete=matrices)
-            after.append(next_state)
+        for layer, before, matrices in zip(self.layers, states, discrete or nothing):
+            x, now = layer(x, before, rate=rate, discrete=matrices)
+            after.append(now)
         total = total + x.sum(1, dtype=self.mean.dtype)                     # (b, h)
         count = count + x.shape[1]
         y = self.head(total / count if self.pool else x).unflatten(-1, self.d_output)
@@ -322,11 +304,8 @@ def build_network(args):
 
 # ---- recipe: AdamW, slow and without decay where a layer says so, and a cosine ----
 def param_groups(model, lr, weight_decay):
-    """Groups for AdamW, with every trainable parameter exactly once.
-
-    What a layer lists in ssm_lr (A, B, dt) gets the learning rate given there. Decayed are
-    only the other matrices, no vectors (biases, norms, D).
-    """
+    """Groups for AdamW. What a layer lists in ssm_lr (A, B, dt) gets the rate given
+    there and no weight decay; nor do vectors (biases, norms, D) decay."""
     ssm_lr = {}
     for module in model.modules():
         for name, rate in getattr(module, "ssm_lr", {}).items():
@@ -355,7 +334,7 @@ def train_epoch(args, epoch, model, optimizer, images, labels, indices):
     share = min(args.batch_size, len(indices)) // WORLD
     steps = len(indices) // (share * WORLD)
     order = indices[torch.randperm(len(indices))[:steps * WORLD * share].to(indices.device)]
-    batches = order.view(steps, WORLD, share)[:, RANK]
+    batches = order.view(steps, WORLD, share)[:, RANK]      # (steps, share)
     torch.manual_seed(seed * WORLD + RANK)              # dropout of its own in each
     results = torch.zeros(2, steps, device=images.device)
     what = f"epoch {epoch}/{args.epochs}, step"
@@ -371,7 +350,7 @@ def train_epoch(args, epoch, model, optimizer, images, labels, indices):
         results[0, i] = loss.detach()
         results[1, i] = (scores.argmax(1) == labels[batch]).float().mean()
     if WORLD > 1:
-        distributed.all_reduce(results)
+        torch.distributed.all_reduce(results)
     return results / WORLD
 
 
@@ -394,7 +373,7 @@ def save(args, net, optimizer, history, folder):
     content = io.BytesIO()
     torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(),
                 "history": history, "args": stored}, content)
-    if history[-1] is max(history, key=lambda row: row["val_accuracy"]):
+    if history[-1] is max(history, key=lambda row: row["val_accuracy"]):    # the first best
         write(folder / "best.pt", content.getvalue())
     write(folder / "last.pt", content.getvalue())           # after best.pt: none gets lost
     table = io.StringIO()
@@ -431,8 +410,9 @@ def train(args, net, images, labels, folder, saved):
     net.mean.copy_(sample.mean((0, 1)))
     net.std.copy_(sample.std((0, 1)))
     optimizer = torch.optim.AdamW(param_groups(net, args.lr, args.weight_decay))
-    history = saved["history"] if saved else []
+    history = []
     if saved:
+        history = saved["history"]
         net.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
     model = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
@@ -488,10 +468,9 @@ def compare_models(out):
 def at_least(low, kind=int):
     """A type for argparse that says its limit."""
     def number(text):
-        value = kind(text)
-        if not low <= value < math.inf:
+        if not low <= kind(text) < math.inf:
             raise argparse.ArgumentTypeError(f"{text}: pass a number from {low}")
-        return value
+        return kind(text)
     return number
 
 
@@ -539,7 +518,7 @@ def settle(argv):
     if not args.eval and not args.resume:
         sys.exit(f"{path} is of an earlier run: go on with --resume, or take another --out")
     saved = load(path)
-    parser.set_defaults(**saved["args"] | {"model": args.model})
+    parser.set_defaults(**saved["args"])
     args = parser.parse_args(argv)
     for name, before in saved["args"].items():
         now = getattr(args, name)
@@ -555,14 +534,11 @@ def settle(argv):
 
 def keep_freed_memory():
     """Have Linux keep freed memory, not clear it anew: 2 to 3 times as fast on a CPU."""
-    m_trim_threshold = -1                                   # the names of malloc.h
-    m_top_pad = -2
-    m_mmap_max = -4
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):                            # not in every C library
-        libc.mallopt(m_mmap_max, 0)                         # one heap for all sizes
-        libc.mallopt(m_trim_threshold, 2**31 - 1)           # that does not shrink
-        libc.mallopt(m_top_pad, 2**28)                      # and grows by 256 MB
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)             # M_MMAP_MAX: one heap for all sizes
+        libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: that does not shrink
+        libc.mallopt(-2, 2**28)         # M_TOP_PAD: and grows by 256 MB
 
 
 def run(argv):
@@ -593,14 +569,13 @@ def run(argv):
 
 
 def main(argv):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no GPU, try --device cpu")
+    args = build_parser().parse_args(argv)
     if args.device == "cuda":
+        if not torch.cuda.is_available():
+            sys.exit("--device cuda: there is no GPU, try --device cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD > 1:
-        distributed.init_process_group()
+        torch.distributed.init_process_group()
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     keep_freed_memory()
@@ -613,7 +588,7 @@ def main(argv):
     if args.model == "all" and RANK == 0:
         compare_models(args.out)
     if WORLD > 1:
-        distributed.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

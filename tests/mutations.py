@@ -87,7 +87,7 @@ MUTATIONS = [
     ("example", "best checkpoint", 'max(history, key=lambda row: row["val', 'min(history, key=lambda row: row["val',
      "tests/test_example.py -k best"),
     ("example", "mean over what was read", "count + x.shape[1]", "count + 1", "tests/test_example.py -k every_mode"),
-    ("example", "rate handed on", "layer(x, states[i], rate=rate", "layer(x, states[i], rate=1.0",
+    ("example", "rate handed on", "layer(x, before, rate=rate", "layer(x, before, rate=1.0",
      "tests/test_example.py -k every_mode"),
     ("example", "gate of the activation", "else y) * z.sigmoid()", "else y) * z.tanh()",
      "tests/test_example.py -k activations"),
