@@ -209,7 +209,9 @@ def response(C, low, high, x):
 
 def final_state(x, u, B_bar, low, high):
     """A_bar^{l-1} x + sum_k A_bar^{l-1-k} B_bar u_k: x (b, h, n), u (b, h, l)."""
-    l, T, J = u.shape[-1], 2 ** len(low), 2 ** len(high)
+    l = u.shape[-1]
+    T = 2 ** len(low)
+    J = 2 ** len(high)
     for digit, A in enumerate(low + high):              # the binary digits of l - 1
         x = torch.stack([x, times(A, x)])[((l - 1) >> digit) & 1]   # compiles with any l
     B_bar = krylov(low, B_bar).flip(0)                  # (T, h, n), the last i: power 0

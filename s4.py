@@ -63,7 +63,7 @@ def nplr(measure, n):
     fout, that window in a Fourier basis: rotations by 0, pi, 2 pi, ..., minus B B^T
     (arXiv 2111.00396, eq. 2; 2206.12037. lssl.py explains what the states mean.)
     """
-    if measure == "fout":
+    if measure == "fout":                               # V pairs each cosine with its sine
         Lambda = 1j * math.pi * torch.arange(n // 2, dtype=torch.float64)
         B = torch.ones_like(Lambda)
         B[0] = 0.5 ** 0.5
@@ -79,7 +79,7 @@ def nplr(measure, n):
         S = S * ((i[:, None] - i) % 2)                  # odd i - j: the rest is in P^T P
         c = 0.0
         B = B / 2
-    # A = c + S - S^T - P^T P; -i (S - S^T) is Hermitian, and has the same eigenvectors V
+    # A + P^T P = c + S - S^T is normal: V diagonalizes -i (S - S^T), which is Hermitian
     imag, V = torch.linalg.eigh(-1j * (S - S.mT))       # ascending
     V = V[:, n // 2:]
     return c + 1j * imag[n // 2:], P.to(V.dtype) @ V.conj(), V.mH @ B.to(V.dtype)
@@ -103,7 +103,7 @@ def cauchy_kernel(Lambda, P, B, C, dt, l):
     """(4) and (5): K_0 ... K_{l-1}, (m, h, l) float64, from halves of conjugate pairs.
 
     Good to 1e-7: rounding, 1e-16, is amplified by q^{-k}, at most 1e8. For fout, which has
-    an eigenvalue near 0, (5) cancels at dt > 20: first digits of gradients are lost.
+    an eigenvalue near 0, (5) cancels at dt > 20: digits are lost, of gradients first.
     """
     log_q = math.log(1e-8) / l
     k = torch.arange(l, dtype=torch.float64, device=dt.device)
@@ -111,16 +111,17 @@ def cauchy_kernel(Lambda, P, B, C, dt, l):
     # (4) at z = q exp(-2 pi i j / l): s = 2 tanh((2 pi i j / l - log q) / 2)
     s = 2 * torch.tanh(torch.complex(torch.full_like(j, -log_q), 2 * math.pi / l * j) / 2)
     w = dt * Lambda                                                     # (h, n/2)
+    # Cauchy sums over pairs, of v = dt C B, dt C P, dt P* B and dt P* P:
     # v / (s - w) + v* / (s - w*) = 2 (s Re v - Re(v w*)) / (s^2 - 2 s Re w + |w|^2)
     square = w.real ** 2 + w.imag ** 2
     twice = -2 * w.real[..., None].to(s.dtype)
     pair = 1 / torch.addcmul(s ** 2 + square[..., None], s, twice)      # (h, n/2, nodes)
     v = torch.einsum("ihn,phn->iphn", torch.cat([C, P.conj()]), torch.cat([B[None], P]))
-    v = 2 * dt * torch.stack([v.real, -(v * w.conj()).real])
+    v = 2 * dt * torch.stack([v.real, -(v * w.conj()).real])            # (2, .., h, n/2)
     v = torch.einsum("viphn,hnjc->viphjc", v, torch.view_as_real(pair))
-    v = torch.view_as_complex(v)
-    sums = s * v[0] + v[1]                                  # (m + r, 1 + r, h, nodes)
-    for _ in P:                                             # (5), one column of P at a time
+    v = torch.view_as_complex(v)                            # (2, m + r, 1 + r, h, nodes)
+    sums = s * v[0] + v[1]                                  # [[CB, CP], [PB, PP]]
+    for _ in P:             # (5) for the last column of P; the others stay rows and columns
         CB, CP = sums[:-1, :-1], sums[:-1, -1:]
         PB, PP = sums[-1:, :-1], sums[-1:, -1:]
         sums = CB - CP * (PB / (1 + PP))
@@ -363,7 +364,9 @@ def response(C, low, high, x):
 
 def final_state(x, u, B_bar, low, high):
     """A_bar^{l-1} x + sum_k A_bar^{l-1-k} B_bar u_k: x (b, h, n), u (b, h, l)."""
-    l, T, J = u.shape[-1], 2 ** len(low), 2 ** len(high)
+    l = u.shape[-1]
+    T = 2 ** len(low)
+    J = 2 ** len(high)
     for digit, A in enumerate(low + high):              # the binary digits of l - 1
         x = torch.stack([x, times(A, x)])[((l - 1) >> digit) & 1]   # compiles with any l
     B_bar = krylov(low, B_bar).flip(0)                  # (T, h, n), the last i: power 0
