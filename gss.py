@@ -5,11 +5,9 @@
 
 What was wrong before. An FFT over each of h channels is slow on hardware made for matrix
 products. GSS shrinks the SSM to c = h / bottleneck channels, and spends the time in
-linear maps around it: its output is multiplied by a gate of h expand features.
+linear maps, with biases: the output is multiplied by a gate of h expand features.
 
     v = GELU(W_u u),    y = SSM(v),    o = W_o((W_y y) * GELU(W_v u))              (1)
-
-(and biases).
 
 The SSM drives n complex numbers for each of its channels, all independent as in dss.py:
 

@@ -34,8 +34,7 @@ weight alpha, at its beginning with 1 - alpha, and u_k for the whole step:
     B_bar = (1 - alpha dt A)^{-1} dt B.
 
 alpha = 0 is forward Euler, 1 backward Euler, 1/2 bilinear, of second order in A. From 1/2
-up a stable A stays stable at any dt. Below, dt must be small: legs with alpha = 0, n = 64
-and dt = 0.01 is stable, but its powers reach 1e8 before they decay.
+up a stable A stays stable at any dt, below only if dt is small.
 
 Why S4? A dense A_bar costs n^3 log l, and nothing keeps a trained A stable. Differs from
 the paper: train_A trains all of A, not a structured class.

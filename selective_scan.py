@@ -28,7 +28,6 @@ the backward pass, rather than store them. selective_scan does that if they are 
 
 Symbols: b batch, d features, n states (d_state), l length. u, dt, y, z (b, d, l);
 B, C (b, n, l); A (d, n); x (b, d, n); D (d). Inside the scans time comes first, d last.
-rate is 1, or 2 for the same signal sampled half as often.
 """
 
 import math
@@ -123,10 +122,8 @@ class Mamba(SelectiveSSM):
 
         v, z = W_in u,    o = W_out (SSM(silu(conv(v))) * silu(z)),    d = expand h
 
-    d_model, d_state: h, and n
     d_conv: length of the causal convolution over each feature; it counts samples, not time
-    expand, dt_rank: d / h; auto is h / 16, rounded up
-    dt_min, dt_max, lr: as of SelectiveSSM
+    expand, dt_rank: d / h; auto is h / 16, rounded up. The others as in SelectiveSSM
 
     A state is a pair: the last inputs of the convolution, (b, d, d_conv - 1), and x
     (b, d, n). Parameters are named as in the official block.
