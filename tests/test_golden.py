@@ -13,6 +13,7 @@ import selective_scan
 from dss import softmax_weights, two_digits, vandermonde
 from layers import (CASES, dss_case, error, golden, lru_case, lssl_case, pair, s4_case,
                     s4d_case, s5_case, selective_case)
+from s4 import cauchy_kernel
 
 
 def load(case, h, n, **values):
@@ -96,6 +97,9 @@ def test_s4_nplr(measure):
                        P=pair(g["P"]), C=pair(g["C_true"])[None], D=g["D"][None],
                        **diagonal(g | {"A": g["w"]}))
     check(case, layer, g | real_states(g))
+    for key, rate in (("K", 1.0), ("K_rate2", 2.0), ("K_rate05", 0.5)):
+        K = g.get(key + "_exact", g[key])       # a layer in double has it by dense powers
+        assert error(cauchy_kernel(*layer.continuous(rate), K.shape[-1])[0], K) <= 1e-7
     one = np.eye(half)
     both = np.kron(np.block([[one], [one]]), [1, 1j])       # Re x, Im x -> [x; conj x]
     both[half:] = both[half:].conj()

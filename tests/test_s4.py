@@ -72,6 +72,16 @@ def test_long_kernels_stay_accurate():
         assert error(K[0, i], expected) <= 1e-7
 
 
+@pytest.mark.parametrize("measure", NPLR)
+def test_gradients_of_the_cauchy_kernel_are_those_of_dense_powers(measure):
+    layer, weights = build(measure, 64).double(), signal(1, 2, 100, **DOUBLE)
+    trained = [layer.log_dt, layer.log_A_real, layer.A_imag, layer.P, layer.B, layer.C]
+    kernels = cauchy_kernel(*layer.continuous(1.7), 100), layer.kernel(100, rate=1.7)
+    found, expected = [torch.autograd.grad((K * weights).sum(), trained) for K in kernels]
+    for gradient, right in zip(found, expected):
+        assert error(gradient, right) <= 1e-6
+
+
 def test_long_kernels_have_no_array_of_nodes(monkeypatch):
     layer = S4(2, 4)
     monkeypatch.setattr("s4.cauchy_kernel", lambda *_: pytest.fail("Cauchy sums"))
