@@ -197,7 +197,7 @@ class SequenceLayer(nn.Module):
         self.d_model = d_model
         self.prenorm = prenorm
         self.activation = activation
-        self.dropout = nn.Dropout1d(dropout)                # for (b, h, l)
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(d_model) if norm == "layer" else nn.BatchNorm1d(d_model)
         if "glu" in activation:
             self.out = nn.Linear(d_model, 2 * d_model if activation == "glu" else d_model)
@@ -205,13 +205,17 @@ class SequenceLayer(nn.Module):
     def normalize(self, x):
         return self.norm(x.flatten(0, 1)).view_as(x)        # every step is a sample
 
+    def mask(self, y):
+        """What dropout multiplies y (b, l, h) with: (b, 1, h)."""
+        return self.dropout(y.new_ones(len(y), 1, self.d_model))
+
     def mix(self, y):
         if self.activation == "none":
             return y
         g = F.gelu(y)
         if self.activation == "gelu":
             return g
-        g = self.dropout(g.mT).mT
+        g = g * self.mask(g)
         z = self.out(g)                                     # (b, l, h), glu: (b, l, 2h)
         if self.activation == "glu":
             return F.glu(z, dim=-1)
@@ -229,7 +233,7 @@ class SequenceLayer(nn.Module):
             y, state = self.ssm.step(u.squeeze(1), state, discrete=discrete)
             y = y[..., None]                                                # (b, h, 1)
         y = self.mix(y.mT.contiguous())                                     # (b, l, h)
-        x = x + self.dropout(y.mT).mT
+        x = torch.addcmul(x, y, self.mask(y))               # x + y * mask, in one pass
         return (x if self.prenorm else self.normalize(x)), state
 
 
