@@ -230,7 +230,8 @@ class S4(nn.Module):
         half = dt[..., None] / 2 * A                            # (h, n, n)
         inverse = torch.linalg.inv(one - half)
         A_bar = 2 * inverse - one                               # 1 + half is 2 - (1 - half)
-        return A_bar, times(inverse, dt * as_real(B)), 2 * as_real(C.conj())
+        C = 2 * as_real(C.conj())                               # 2 for the pairs
+        return A_bar, times(inverse, dt * as_real(B)), C
 
     def initial_state(self, batch_size):
         """x_{-1} = 0: (b, h, n) float64, for rounding adds up over the steps."""
@@ -252,8 +253,9 @@ class S4(nn.Module):
         if l < 1:
             raise ValueError(f"{l=}: pass a positive length")
         short = self.mode == "nplr" and l <= 32 * self.n
-        # for a longer l matrix products are faster, n^3 log l operations against n l / 2,
-        # and take less memory; they also have the digits of float64, and states may grow
+        # dense powers for a longer l: n^3 log l operations in matrix products take less time
+        # than n l / 2 Cauchy terms, and less memory; for float64, whose digits only they
+        # have; and for real_type none, where states may grow
         if short and self.D.dtype == torch.float32 and self.real_type != "none":
             K = cauchy_kernel(*self.continuous(rate), l)                # (m, h, l)
         else:
