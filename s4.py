@@ -253,8 +253,8 @@ class S4(nn.Module):
         if l < 1:
             raise ValueError(f"{l=}: pass a positive length")
         short = self.mode == "nplr" and l <= 32 * self.n
-        # dense powers for a longer l: n^3 log l operations in matrix products cost less than
-        # n l / 2 Cauchy terms, in time and memory; for float64, whose digits only they have;
+        # dense powers for a longer l: matrix products, n^3 log l operations, cost less than
+        # n l / 2 Cauchy terms, and less memory; for float64, whose digits only they have;
         # and for real_type none, where states may grow
         if short and self.D.dtype == torch.float32 and self.real_type != "none":
             K = cauchy_kernel(*self.continuous(rate), l)                # (m, h, l)
