@@ -75,7 +75,7 @@ def test_s4d(disc):
                        **diagonal(g))
     A_bar, B_bar, C_bar = layer.discretize()
     assert error(A_bar, g["dA"]) <= 1e-12 and error(B_bar, g["dB"] / g["B"]) <= 1e-12
-    assert error(C_bar, 2 * C) <= 1e-12
+    assert error(C_bar, C) <= 1e-12
     check(case, layer, g | {name: g[name] / g["B"] for name in ("x0", "xL", "xL_step")})
     check(*load(s4_case("s4", mode="diag", disc=disc), h, 2 * half, B=pair(g["B"]),
                 C=pair(g["C"])[None], D=g["D"][None], **diagonal(g)), g | real_states(g))

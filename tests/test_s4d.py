@@ -57,4 +57,4 @@ def test_long_kernels_stay_accurate():
     K = layer.kernel(l)
     A_bar, B_bar, C = layer.double().discretize()
     powers = torch.exp(A_bar.log()[..., None] * torch.arange(l, dtype=torch.float64))
-    assert error(K, torch.einsum("hn,hnl->hl", C * B_bar, powers).real) <= 1e-6
+    assert error(K, torch.einsum("hn,hnl->hl", 2 * C * B_bar, powers).real) <= 1e-6
