@@ -249,12 +249,10 @@ def s4_nplr(p, u, state=None, rate=1.0, real_type="exp"):
 
 
 def s4(p, u, state=None, rate=1.0, mode="nplr", **options):
-    """S4 in either mode, with the block around it: state (b, h, n) REAL, Re x and Im x in
-    turn."""
+    """S4 in either mode, with the block around it: state (b, h, n/2) complex."""
     ssm = s4d if mode == "diag" else s4_nplr
-    x = None if state is None else state[..., ::2] + 1j * state[..., 1::2]
-    y, x = block(p, u, lambda v: ssm(p, v, x, rate, **options))
-    return y, np.stack([x.real, x.imag], -1).reshape(*x.shape[:-1], -1)
+    p = {name.removeprefix("block."): value for name, value in p.items()}
+    return block(p, u, lambda v: ssm(p, v, state, rate, **options))
 
 
 def gss(p, u, state=None, rate=1.0):
@@ -294,15 +292,14 @@ def softmax_system(Lambda, dt, W, rate, l_max):
 
     C = W / (exp(l_max dt Lambda) - 1), B = 1 and zero-order hold. 1 / x is
     conj(x) / (|x|^2 + 1e-7), with x = Lambda (exp(l_max dt Lambda) - 1). Where
-    Re Lambda > 0, x and what is above it are multiplied by exp(-l_max dt Lambda), of which
-    B_bar takes half.
+    Re Lambda > 0, x and what is above it are multiplied by exp(-l_max dt Lambda).
     """
     z = dt * Lambda
     growing = Lambda.real > 0
     x = Lambda * (np.exp(np.where(growing, -l_max, l_max) * z) - 1)
-    half = np.exp(-l_max / 2 * np.where(growing, z, 0))
-    B_bar = (np.exp(rate * z) - 1) / Lambda * half
-    C = W * Lambda * np.where(growing, -half, 1) * x.conj() / (np.abs(x) ** 2 + 1e-7)
+    factor = np.where(growing, -np.exp(-l_max * np.where(growing, z, 0)), 1)
+    B_bar = (np.exp(rate * z) - 1) / Lambda
+    C = factor * W * Lambda * x.conj() / (np.abs(x) ** 2 + 1e-7)
     return expm(np.diag(rate * z)), B_bar, C
 
 

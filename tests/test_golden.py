@@ -10,9 +10,10 @@ import torch
 from torch.nn import functional as F
 
 import selective_scan
-from dss import softmax_weights, two_digits, vandermonde
+from dss import powers, softmax_weights, vandermonde
 from layers import (CASES, dss_case, error, golden, lru_case, lssl_case, pair, s4_case,
                     s4d_case, s5_case, selective_case)
+from oracle import conjugate_pairs
 from s4 import cauchy_kernel
 
 
@@ -60,12 +61,6 @@ def diagonal(g, prefix=""):
             "log_A_real": np.log(-A.real)}
 
 
-def real_states(g):
-    """The states of S4: (b, h, n) real, Re x and Im x in turn."""
-    return {name: pair(g[name]).reshape(*g[name].shape[:-1], -1)
-            for name in ("x0", "xL", "xL_step") if name in g}
-
-
 @pytest.mark.parametrize("disc", ["zoh", "bilinear"])
 def test_s4d(disc):
     g = golden(f"s4d_{disc}")
@@ -78,7 +73,7 @@ def test_s4d(disc):
     assert error(C_bar, C) <= 1e-12
     check(case, layer, g | {name: g[name] / g["B"] for name in ("x0", "xL", "xL_step")})
     check(*load(s4_case("s4", mode="diag", disc=disc), h, 2 * half, B=pair(g["B"]),
-                C=pair(g["C"])[None], D=g["D"][None], **diagonal(g)), g | real_states(g))
+                C=pair(g["C"])[None], D=g["D"][None], **diagonal(g)), g)
 
 
 def test_s4d_minimal():
@@ -89,6 +84,12 @@ def test_s4d_minimal():
     check(case, layer, {"u": g["u"], "y": g["min_y"], "K": g["min_K"]})
 
 
+def dense(a, Q, S):
+    """diag(a) - Q S over both of each conjugate pair: (h, n, n)."""
+    A_bar = np.stack([np.diag(diagonal) for diagonal in conjugate_pairs(a)])
+    return A_bar - np.einsum("rhi,rhj->hij", conjugate_pairs(Q), conjugate_pairs(S))
+
+
 @pytest.mark.parametrize("measure", ["legs", "legt", "fout"])
 def test_s4_nplr(measure):
     g = golden(f"s4_nplr_{measure}")
@@ -96,16 +97,14 @@ def test_s4_nplr(measure):
     case, layer = load(s4_case("s4", measure=measure), h, 2 * half, B=pair(g["B"]),
                        P=pair(g["P"]), C=pair(g["C_true"])[None], D=g["D"][None],
                        **diagonal(g | {"A": g["w"]}))
-    check(case, layer, g | real_states(g))
+    check(case, layer, g)
     for key, rate in (("K", 1.0), ("K_rate2", 2.0), ("K_rate05", 0.5)):
         K = g.get(key + "_exact", g[key])       # a layer in double has it by dense powers
         assert error(cauchy_kernel(*layer.continuous(rate), K.shape[-1])[0], K) <= 1e-7
-    one = np.eye(half)
-    both = np.kron(np.block([[one], [one]]), [1, 1j])       # Re x, Im x -> [x; conj x]
-    both[half:] = both[half:].conj()
-    A_bar, B_bar, C = (matrix.detach().numpy() for matrix in layer.discretize())
-    assert error(both @ A_bar, g["dA"] @ both) <= 1e-12
-    assert error(B_bar @ both.T, g["dB"]) <= 1e-12 and error(C[0], g["dC"] @ both) <= 1e-10
+    a, B_bar, Q, S, C = (matrix.detach().numpy() for matrix in layer.discretize())
+    assert error(dense(a, Q, S), g["dA"]) <= 1e-12
+    assert error(conjugate_pairs(B_bar), g["dB"]) <= 1e-12
+    assert error(conjugate_pairs(C[0]), g["dC"]) <= 1e-10
 
 
 @pytest.mark.parametrize("name", ["dss_softmax", "dss_exp"])
@@ -151,9 +150,9 @@ def test_dss_softmax_function():
     Lambda, W = torch.from_numpy(g["Lambda"]), torch.from_numpy(g["W"])
     for expected in (g["K"], g["K_half"]):
         l = expected.shape[-1]
-        C, share = softmax_weights(W, Lambda, z, l)
-        digits = two_digits(torch.exp(z), l, z.dtype)
-        K = vandermonde(C * share * torch.expm1(z) / Lambda, digits, l)
+        C = softmax_weights(W, Lambda, z, l)
+        A_k = powers(torch.exp(z), l, torch.float64)
+        K = vandermonde(C * torch.expm1(z) / Lambda, A_k, l)
         assert error(K, expected) <= 1e-10
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gss import GSS, initial_eigenvalues
+from gss import GSS, initial_A
 from layers import DOUBLE, error, gss_case, random_state, signal
-from s4 import initial_diagonal
+from s4 import initial_eigenvalues
 
 
 @pytest.mark.parametrize("options", [
@@ -41,7 +41,7 @@ def test_the_block_without_the_ssm():
     assert error(layer(u)[0], layer.output_linear(gated).mT) <= 1e-12
 
 
-@pytest.mark.parametrize("start", [initial_eigenvalues, initial_diagonal])
+@pytest.mark.parametrize("start", [initial_A, initial_eigenvalues])
 def test_random_initialization(start):
     torch.manual_seed(0)
     A = start("diag-rand", 100, 128)
@@ -53,7 +53,7 @@ def test_random_initialization(start):
 
 
 def test_initialization_of_s4d():
-    A = initial_eigenvalues("diag-lin", 2, 5)
+    A = initial_A("diag-lin", 2, 5)
     assert error(A, -0.5 + 1j * math.pi * torch.arange(5).double().expand(2, 5)) <= 1e-12
     layer = GSS(8, 5, measure="diag-lin")
     assert error(torch.complex(-layer.log_A_real.exp(), layer.A_imag), A) <= 1e-6

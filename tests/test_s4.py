@@ -8,7 +8,7 @@ import torch
 
 import oracle
 from layers import DOUBLE, error, golden, parameters, random_state, signal
-from s4 import S4, cauchy_kernel, initial_diagonal, nplr
+from s4 import S4, cauchy_kernel, initial_eigenvalues, nplr
 from s4d import initial_A
 from test_modes import gradients
 
@@ -105,7 +105,7 @@ def test_growing_states_are_exact():
                                      "diag-legs"])
 def test_diagonal_initializations_are_those_of_s4d(measure):
     layer, expected = build(measure, 16), initial_A(measure, 2, 16)
-    assert error(initial_diagonal(measure, 2, 16), expected) <= 1e-12
+    assert error(initial_eigenvalues(measure, 2, 16), expected) <= 1e-12
     assert error(torch.complex(-layer.log_A_real.exp(), layer.A_imag), expected) <= 1e-6
     assert error(layer.B, torch.tensor([1.0, 0.0]).expand(2, 8, 2)) == 0
 
