@@ -14,8 +14,8 @@ Sampled every dt, this is a recurrence, and unrolled, from x_{-1} = 0, a convolu
     y = K * u + D u,    K_k = C A_bar^k B_bar.                                     (3)
 
 The idea. One model, three views: (1) has a time scale, so the sampling rate can change, (2)
-generates in constant time per step, (3) trains in parallel. What was wrong before: each
-view alone, as an ODE, a recurrent or a convolutional network, lacks what the others have.
+generates in constant time per step, (3) trains in parallel. What was wrong before: an ODE,
+a recurrent or a convolutional network alone lacks what the others have.
 
 What does the state mean? HiPPO chooses A and B so that x(t) holds the coefficients of the
 past of u in a basis of Legendre polynomials P_i. With s the time before t:
@@ -28,16 +28,18 @@ The state is a compressed history, and C reads from it what the task needs. The 
 has a factor 1/t and weighs all of the past equally. Here, as in LSSL, it fades with e^{-s}.
 
 Discretization. The generalized bilinear transform takes A x at the end of a step with
-weight alpha, at its beginning with 1 - alpha, and u_k for the whole step:
+weight alpha, at its beginning with 1 - alpha, and u_k for the whole step. Solve for x_k:
 
-    A_bar = (1 - alpha dt A)^{-1} (1 + (1 - alpha) dt A),                          (5)
+    (x_k - x_{k-1}) / dt = A (alpha x_k + (1 - alpha) x_{k-1}) + B u_k,            (5)
+    A_bar = (1 - alpha dt A)^{-1} (1 + (1 - alpha) dt A),
     B_bar = (1 - alpha dt A)^{-1} dt B.
 
-alpha = 0 is forward Euler, 1 backward Euler, 1/2 bilinear, of second order in A. From 1/2
-up a stable A stays stable at any dt, below only if dt is small.
+alpha = 0 is forward Euler, 1 backward Euler, 1/2 bilinear. From 1/2 up a stable A gives a
+stable A_bar at any dt; below, only if dt is small.
 
-Why S4? A dense A_bar costs n^3 log l, and nothing keeps a trained A stable. Differs from
-the paper: train_A trains all of A, not a structured class.
+Why S4? A dense A_bar costs n^2 operations a step and n^3 log l a kernel, and nothing keeps
+a trained A stable. Differs from the paper: train_A trains all of A, not a structured class.
+Differs from the official code: C starts with variance 1/n, there 1, which grows y with n.
 
 Symbols: b batch, h features (d_model), n states (d_state), l length, m channels.
 u (b, h, l); y (b, m h, l); x (b, h, n); A (n, n), B (n), or one for each feature;
@@ -56,7 +58,7 @@ from torch.nn import functional as F
 class LSSL(nn.Module):
     """(b, h, l) -> (b, m h, l), with D, without activation and without mixing of features.
 
-    d_model, d_state: h, and n
+    d_model, d_state: h, and n real numbers for each feature
     measure: where A and B start: legs or legt, see hippo_legendre
     alpha: 0 forward Euler, 0.5 bilinear, 1 backward Euler, or in between
     channels: m outputs for each feature: channel c of feature i is output c h + i
@@ -64,11 +66,16 @@ class LSSL(nn.Module):
     train_dt: whether dt is trained too
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
     lr: learning rate of A, B and dt, if trained, stored in ssm_lr for the optimizer
+
+    forward computes the powers of A_bar at each call, also where A and dt are fixed. Once
+    trained, K = layer.kernel(l) can be kept; with one channel, for any u of that length,
+    y = fft_conv(u, K) + layer.D.mT * u.
     """
 
     def __init__(self, d_model, d_state=64, *, measure="legs", alpha=0.5, channels=1,
                  train_A="no", train_dt=False, dt_min=1e-3, dt_max=1e-1, lr=1e-3):
         super().__init__()
+        check(d_model > 0 and lr >= 0, f"{d_model=}, {lr=}: pass d_model > 0 and lr >= 0")
         check(0 <= alpha <= 1, f"{alpha=}: pass a number from 0 to 1")
         check(channels > 0, f"{channels=}: pass a positive number")
         check(train_A in ("no", "shared", "each"), f"{train_A=}: choose no, shared or each")
@@ -86,12 +93,17 @@ class LSSL(nn.Module):
         self.D = nn.Parameter(torch.randn(channels, d_model))
         names = ("A", "B", "log_dt")
         self.ssm_lr = {name: lr for name in names if getattr(self, name).requires_grad}
+        if alpha < 0.5:
+            radius = torch.linalg.eigvals(self.discretize()[0]).abs().max()
+            check(radius <= 1, f"{alpha=}, {dt_max=}: A_bar has an eigenvalue outside of the "
+                  "unit circle, pass a smaller dt_max, or alpha from 0.5")
 
     def discretize(self, rate=1.0):
         """(5) at step size rate * dt: A_bar (h, n, n), B_bar (h, n), C (m, h, n) float64,
         because an error of A_bar grows k-fold in A_bar^k."""
-        if not 0 < rate < math.inf:
-            raise ValueError(f"{rate=}: pass a positive number")
+        if isinstance(rate, (torch.Tensor, list)) or not 0 < rate < math.inf:
+            raise ValueError(f"{rate=}: pass one positive number; for irregular sampling, "
+                             "call step with a rate of its own for each sample")
         check(self.D.dtype.itemsize > 2, f"parameters are {self.D.dtype}: use autocast")
         dt = rate * self.log_dt.double().exp()[:, None]         # (h, 1)
         dtA = dt[..., None] * self.A.double()                   # (h, n, n)
@@ -102,88 +114,94 @@ class LSSL(nn.Module):
         return A_bar, times(inverse, dtB), self.C.double()
 
     def initial_state(self, batch_size):
-        """x_{-1} = 0: (b, h, n) float64, for rounding adds up over the steps."""
+        """x_{-1} = 0: (b, h, n) float64, so that steps do not add up rounding."""
         return self.D.new_zeros(batch_size, self.h, self.n, dtype=torch.float64)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once: u (b, h), state (b, h, n) -> y (b, m h), next state.
-        discrete: what discretize() returned, to use it for many steps."""
+        discrete: what discretize(rate) returned, to use it for many steps."""
         self.check_input(u, 2, state)
+        check(discrete is None or rate == 1.0, f"{rate=}: it is in discrete, pass it there")
         A_bar, B_bar, C = discrete or self.discretize(rate)
         x = times(A_bar, state.double()) + B_bar * u[..., None]         # (b, h, n)
         y = (C * x[:, None]).sum(-1) + self.D * u[:, None]              # (b, m, h)
         return y.flatten(1).to(u.dtype), x
 
     def kernel(self, l, rate=1.0):
-        """(3): K_0 ... K_{l-1}, (m h, l)."""
+        """(3): (m h, l), K[:, k] = C A_bar^k B_bar for k < l, the response to B_bar."""
         if l < 1:
             raise ValueError(f"{l=}: pass a positive length")
         A_bar, B_bar, C = self.discretize(rate)
         with full_precision(self.D):
-            low, high = squares(A_bar, l, self.D.dtype)
-            K = response(C.to(self.D), low, high, B_bar[None].to(self.D))
-        return K[0, ..., :l].flatten(0, 1)
+            A_k = squares(A_bar, l, self.D.dtype)
+            K = free_response(C.to(self.D), A_k, B_bar[None].to(self.D), l)
+        return K[0].flatten(0, 1)
 
     def forward(self, u, state=None, *, rate=1.0, method="conv"):
         """u (b, h, l), state (b, h, n) or None -> y (b, m h, l), last state or None.
 
         rate: factor on dt: 2.0 for the same signal sampled half as often
-        method: conv is (3), step is (2): the same numbers
+        method: conv is (3), whose rounding is relative to the largest u, or step, (2)
         Raises ValueError for a u, state, rate or method that does not fit.
         """
         self.check_input(u, 3, state)
         check(method in ("conv", "step"), f"{method=}: choose conv or step")
-        discrete = self.discretize(rate)
         if method == "step":
-            x = self.initial_state(len(u)) if state is None else state
-            outputs = []
-            for u_k in u.unbind(-1):
-                y_k, x = self.step(u_k, x, discrete=discrete)
-                outputs.append(y_k)
-            return torch.stack(outputs, -1), None if state is None else x
-        A_bar, B_bar, C = discrete
+            return self.recurrence(u, state, rate)
+        A_bar, B_bar, C = self.discretize(rate)
         l = u.shape[-1]
         v = u.to(self.D.dtype)
-        x = B_bar[None]                                 # K is the answer to the state B_bar
-        if state is not None:
-            x = torch.cat([x, times(A_bar, state.double())])            # (1 + b, h, n)
-        x = x.to(v)
-        last = None
+        C = C.to(v)
         with full_precision(u):
-            low, high = squares(A_bar, l, v.dtype)
-            answers = response(C.to(v), low, high, x)[..., :l]          # (1 + b, m, h, l)
-            D = F.pad(self.D[..., None], (0, l - 1))    # D u: an impulse at k = 0
-            y = fft_conv(v[:, None], answers[0] + D)    # (b, m, h, l)
+            A_k = squares(A_bar, l, v.dtype)
+            K = free_response(C, A_k, B_bar[None].to(v), l)[0]          # (m, h, l)
+            y = fft_conv(v[:, None], K) + self.D[..., None] * v[:, None]
+            last = None
             if state is not None:
-                y = y + answers[1:]
-                last = final_state(x[1:], v, x[0], low, high).double()
+                # a state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the last state
+                x = times(A_bar, state.double()).to(v)                  # (b, h, n)
+                y = y + free_response(C, A_k, x, l)                     # (b, m, h, l)
+                last = advance(x, A_k, l - 1) + last_state(v, B_bar.to(v), A_k)
+                last = last.double()
         return y.flatten(1, 2).to(u.dtype), last
 
+    def recurrence(self, u, state, rate):
+        """(2), one step after the other: the same numbers as forward()."""
+        x = self.initial_state(u.shape[0]) if state is None else state
+        discrete = self.discretize(rate)
+        outputs = []
+        for u_k in u.unbind(-1):
+            y_k, x = self.step(u_k, x, discrete=discrete)
+            outputs.append(y_k)
+        return torch.stack(outputs, -1), None if state is None else x
+
     def check_input(self, u, dims, state):
-        """dims 2: u (b, h); dims 3: u (b, h, l); state (b, h, n) or None."""
+        """dims 2: u (b, h) and a state; dims 3: u (b, h, l), and a state or None."""
+        shape = f"(b, {self.h})" if dims == 2 else f"(b, {self.h}, l)"
         fits = u.dim() == dims and u.shape[1] == self.h and u.numel() > 0
         check(fits and u.is_floating_point(),
-              f"u is {u.dtype} {tuple(u.shape)}: pass floats, {self.h} features, {dims}-d")
-        if state is not None:
-            check(state.shape == (len(u), self.h, self.n) and state.is_floating_point(),
+              f"u is {u.dtype} {tuple(u.shape)}: pass floats {shape}")
+        if dims == 2 or state is not None:
+            fits = state is not None and state.shape == (u.shape[0], self.h, self.n)
+            check(fits and state.is_floating_point(),
                   "state: pass one of the shape and type of initial_state()")
 
 
 # ---- powers of A_bar ----
 
 def squares(A_bar, l, dtype):
-    """A_bar, A_bar^2, A_bar^4, ... (h, n, n), in two lists: below A_bar^T, and from it on.
+    """A_bar, A_bar^2, A_bar^4, ... in two lists: from A_bar^T on, and below it.
 
-    Time has two digits, k = jT + i, as with T = 10 the tens and the ones. T, about
-    2 sqrt(l), and J are powers of 2: each A_bar^i and A_bar^{jT} is a product of squares.
-    So T + J vectors and one matrix product give all l numbers C A_bar^k x.
+    Time is k = jT + i, as with T = 10 the tens and the ones of a number. T, about
+    2 sqrt(l), and J are powers of 2: each A_bar^{jT} and A_bar^i is a product of squares.
+    So J + T vectors and one matrix product give all l numbers C A_bar^k x.
     """
     powers = [A_bar]
     while 2 ** len(powers) < l:
         powers.append(powers[-1] @ powers[-1])
     half = len(powers) // 2 + 1                         # T = 2^half
     powers = [A.to(dtype) for A in powers]
-    return powers[:half], powers[half:]
+    return powers[half:], powers[:half]
 
 
 def times(A, x):
@@ -199,26 +217,33 @@ def krylov(powers, x):
     return x
 
 
-def response(C, low, high, x):
-    """C A_bar^k x: C (m, h, n), states x (b, h, n) -> (b, m, h, JT)."""
-    C = krylov([A.mT for A in low], C)                      # C A_bar^i, (T, m, h, n)
-    x = krylov(high, x)                                     # A_bar^{jT} x, (J, b, h, n)
-    return torch.einsum("jbhn,imhn->bmhji", x, C).flatten(-2)
+def free_response(C, A_k, x, l):
+    """C A_bar^k x for k < l: C (m, h, n), states x (b, h, n) -> (b, m, h, l)."""
+    tens, ones = A_k
+    C = krylov([A.mT for A in ones], C)                     # C A_bar^i, (T, m, h, n)
+    x = krylov(tens, x)                                     # A_bar^{jT} x, (J, b, h, n)
+    return torch.einsum("jbhn,imhn->bmhji", x, C).flatten(-2)[..., :l]
 
 
-def final_state(x, u, B_bar, low, high):
-    """A_bar^{l-1} x + sum_k A_bar^{l-1-k} B_bar u_k: x (b, h, n), u (b, h, l)."""
-    l = u.shape[-1]
-    T = 2 ** len(low)
-    J = 2 ** len(high)
-    for digit, A in enumerate(low + high):              # the binary digits of l - 1
-        x = torch.stack([x, times(A, x)])[((l - 1) >> digit) & 1]   # compiles with any l
-    B_bar = krylov(low, B_bar).flip(0)                  # (T, h, n), the last i: power 0
-    u = F.pad(u, (J * T - l, 0)).unflatten(-1, (J, T))  # zeros in front
-    blocks = torch.einsum("bhji,ihn->jbhn", u, B_bar)   # each block of T steps
-    for A in high:                                      # two blocks in a row are one
+def advance(x, A_k, k):
+    """A_bar^k x for a k below l, from its binary digits: x (.., h, n)."""
+    tens, ones = A_k
+    for digit, A in enumerate(ones + tens):
+        x = torch.stack([x, times(A, x)])[(k >> digit) & 1]         # compiles with any k
+    return x
+
+
+def last_state(u, B_bar, A_k):
+    """sum_k A_bar^{l-1-k} B_bar u_k, the state that u (b, h, l) leaves: (b, h, n)."""
+    tens, ones = A_k
+    J = 2 ** len(tens)
+    T = 2 ** len(ones)
+    u = F.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))    # zeros in front
+    B_bar = krylov(ones, B_bar).flip(0)                 # (T, h, n), the last i: power 0
+    blocks = torch.einsum("bhji,ihn->jbhn", u, B_bar)   # what each block of T steps leaves
+    for A in tens:                                      # two blocks in a row are one
         blocks = times(A, blocks[::2]) + blocks[1::2]
-    return x + blocks[0]
+    return blocks[0]
 
 
 def fft_conv(u, K):
@@ -231,7 +256,7 @@ def fft_conv(u, K):
 
 def full_precision(u):
     """Switch autocast off: half precision is too coarse for a long recurrence."""
-    return torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False)
+    return torch.autocast(u.device.type, enabled=False)
 
 
 # ---- HiPPO: where A and B start, and what x remembers ----
@@ -240,7 +265,8 @@ def hippo_legendre(measure, n):
     """A (n, n) and B (n), float64 (arXiv 2008.07669, signs of 2206.12037).
 
     A_ij = -sqrt((2i+1)(2j+1)) below the diagonal. On it and above, legs has -(i+1) and 0,
-    legt goes on, with alternating signs above. B_i = sqrt(2i+1).
+    legt goes on, with alternating signs above. B_i = sqrt(2i+1). The window of legt has
+    length 1; in s4.py and the official S4 A and B are half of these, and it has length 2.
     """
     check(n > 0, f"d_state={n}: pass a positive number")
     i = torch.arange(n, dtype=torch.float64)
@@ -280,14 +306,13 @@ if __name__ == "__main__":
     A_bar, B_bar, C = layer.discretize()
     K = [C[0] * times(torch.linalg.matrix_power(A_bar, k), B_bar) for k in range(l)]
     y, _ = layer(u)
-    stepped, _ = layer(u, method="step")
     first, state = layer(u[..., :300], layer.initial_state(2))
     second, state = layer(u[..., 300:], state)
     smooth = torch.linspace(0, 6, l).sin().expand(2, 4, l)
     full, _ = layer(smooth)
     half, _ = layer(smooth[..., 1::2], rate=2.0)
     for what, a, b in (("kernel, definition", layer.kernel(l), torch.stack(K, -1).sum(1)),
-                       ("convolution, recurrence", y, stepped),
+                       ("convolution, recurrence", y, layer(u, method="step")[0]),
                        ("whole, two pieces", y, torch.cat([first, second], -1)),
                        ("rate 1, every second at rate 2: about", full[..., 1::2], half)):
         print(f"{what:<36} differ by {(a - b).abs().max() / b.abs().max():.1e}")

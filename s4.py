@@ -207,7 +207,7 @@ class S4(nn.Module):
         return torch.stack(outputs, -1), None if state is None else x
 
     def check_input(self, u, dims, state):
-        """dims 2: u (b, d_model) and a state; dims 3: u (b, d_model, l), and one or None."""
+        """dims 2: u (b, d) and a state; dims 3: u (b, d, l), and a state or None."""
         shape = f"(b, {self.d_model})" if dims == 2 else f"(b, {self.d_model}, l)"
         fits = u.dim() == dims and u.shape[1] == self.d_model and u.numel() > 0
         check(fits and u.is_floating_point(),
@@ -304,21 +304,22 @@ def power_kernel(discrete, l, dtype):
     """(3): K (m, h, l) in dtype."""
     A_bar, B_bar, C = dense(discrete)
     with full_precision(B_bar):
-        low, high = squares(A_bar, l, dtype)
-        return responses(C.to(dtype), low, high, B_bar[None].to(dtype))[0, ..., :l]
+        A_k = squares(A_bar, l, dtype)
+        return free_response(C.to(dtype), A_k, B_bar[None].to(dtype), l)[0]
 
 
 def power_forward(discrete, u, x):
     """K (m, h, l), C A_bar^{k+1} x (b, m, h, l), and the last state (b, h, n/2)."""
     A_bar, B_bar, C = dense(discrete)
     l = u.shape[-1]
+    x = times(A_bar, as_real(x).to(B_bar)).to(u)            # (b, h, n)
+    B_bar = B_bar.to(u)
+    C = C.to(u)
     with full_precision(u):
-        low, high = squares(A_bar, l, u.dtype)
-        # K is the response to the state B_bar, and x to A_bar x
-        x = torch.cat([B_bar[None], times(A_bar, as_real(x).to(B_bar))]).to(u)
-        y = responses(C.to(u), low, high, x)[..., :l]
-        last = last_state(x[1:], u, x[0], low, high).double()
-    return y[0], y[1:], as_complex(last)
+        A_k = squares(A_bar, l, u.dtype)
+        K = free_response(C, A_k, B_bar[None], l)[0]
+        last = advance(x, A_k, l - 1) + last_state(u, B_bar, A_k)
+        return K, free_response(C, A_k, x, l), as_complex(last.double())
 
 
 def dense(discrete):
@@ -343,11 +344,11 @@ def as_complex(x):
 
 
 def squares(A_bar, l, dtype):
-    """A_bar, A_bar^2, A_bar^4, ... in two lists: below A_bar^T, and from it on.
+    """A_bar, A_bar^2, A_bar^4, ... in two lists: from A_bar^T on, and below it.
 
-    Time has two digits, k = jT + i, as with T = 10 the tens and the ones. T, about
-    2 sqrt(l), and J are powers of 2: each A_bar^i and A_bar^{jT} is a product of squares.
-    So T + J vectors and one matrix product give all l numbers C A_bar^k x.
+    Time is k = jT + i, as with T = 10 the tens and the ones of a number. T, about
+    2 sqrt(l), and J are powers of 2: each A_bar^{jT} and A_bar^i is a product of squares.
+    So J + T vectors and one matrix product give all l numbers C A_bar^k x.
     """
     powers = [A_bar]
     while 2 ** len(powers) < l:
@@ -356,7 +357,7 @@ def squares(A_bar, l, dtype):
     half = len(powers) // 2 + 1                         # T = 2^half
     dtype = torch.promote_types(dtype, torch.complex64) if A_bar.is_complex() else dtype
     powers = [A.to(dtype) for A in powers]
-    return powers[:half], powers[half:]
+    return powers[half:], powers[:half]
 
 
 def times(A, x):
@@ -374,27 +375,34 @@ def krylov(powers, x):
     return x
 
 
-def responses(C, low, high, x):
-    """C A_bar^k x: C (m, h, n), states x (b, h, n) -> (b, m, h, JT)."""
-    rows = [A.conj() if A.is_complex() else A.mT for A in low]
+def free_response(C, A_k, x, l):
+    """C A_bar^k x for k < l: C (m, h, n), states x (b, h, n) -> (b, m, h, l)."""
+    tens, ones = A_k
+    rows = [A.conj() if A.is_complex() else A.mT for A in ones]
     C = krylov(rows, C)                                     # C A_bar^i, (T, m, h, n)
-    x = krylov(high, x)                                     # A_bar^{jT} x, (J, b, h, n)
-    return torch.einsum("jbhn,imhn->bmhji", x, C).flatten(-2)
+    x = krylov(tens, x)                                     # A_bar^{jT} x, (J, b, h, n)
+    return torch.einsum("jbhn,imhn->bmhji", x, C).flatten(-2)[..., :l]
 
 
-def last_state(x, u, B_bar, low, high):
-    """A_bar^{l-1} x + sum_k A_bar^{l-1-k} B_bar u_k: x (b, h, n), u (b, h, l)."""
-    l = u.shape[-1]
-    T = 2 ** len(low)
-    J = 2 ** len(high)
-    for digit, A in enumerate(low + high):              # the binary digits of l - 1
-        x = torch.stack([x, times(A, x)])[((l - 1) >> digit) & 1]   # compiles with any l
-    B_bar = krylov(low, B_bar).flip(0)                  # (T, h, n), the last i: power 0
-    u = F.pad(u, (J * T - l, 0)).unflatten(-1, (J, T))  # zeros in front
-    blocks = torch.einsum("bhji,ihn->jbhn", u, B_bar)   # each block of T steps
-    for A in high:                                      # two blocks in a row are one
+def advance(x, A_k, k):
+    """A_bar^k x for a k below l, from its binary digits: x (.., h, n)."""
+    tens, ones = A_k
+    for digit, A in enumerate(ones + tens):
+        x = torch.stack([x, times(A, x)])[(k >> digit) & 1]         # compiles with any k
+    return x
+
+
+def last_state(u, B_bar, A_k):
+    """sum_k A_bar^{l-1-k} B_bar u_k, the state that u (b, h, l) leaves: (b, h, n)."""
+    tens, ones = A_k
+    J = 2 ** len(tens)
+    T = 2 ** len(ones)
+    u = F.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))    # zeros in front
+    B_bar = krylov(ones, B_bar).flip(0)                 # (T, h, n), the last i: power 0
+    blocks = torch.einsum("bhji,ihn->jbhn", u, B_bar)   # what each block of T steps leaves
+    for A in tens:                                      # two blocks in a row are one
         blocks = times(A, blocks[::2]) + blocks[1::2]
-    return x + blocks[0]
+    return blocks[0]
 
 
 def full_precision(u):
