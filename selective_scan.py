@@ -3,10 +3,17 @@
     Gu, Dao: Mamba: Linear-Time Sequence Modeling with Selective State Spaces (2023),
     arXiv 2312.00752.                                 Try it: python selective_scan.py
 
-Each of the d features u drives n real numbers x of its own (section 3.2, Algorithm 2):
+Each of the d features drives n real numbers x of its own. With u_k a number, in the
+feature that has this A (n numbers), dt_k and D:
 
-    x_k = exp(dt_k A) x_{k-1} + dt_k B_k u_k,    y_k = C_k x_k + D u_k,            (1)
+    x_k = exp(dt_k A) x_{k-1} + dt_k B_k u_k,    y_k = C_k x_k + D u_k.            (1)
+
+What selects are dt_k, B_k and C_k. All are made from the vector u_k of all d features:
+
     dt_k = rate softplus(W u_k + bias),    B_k = W_B u_k,    C_k = W_C u_k.        (2)
+
+So each feature has its dt_k, and all share B_k and C_k (n numbers each). The paper's x is
+our u, and its h our x (Algorithm 2).
 
 What was wrong before. All layers from LSSL to LRU treat every sample alike: they cannot
 decide by its content what to keep. Here dt_k -> 0 skips a sample and leaves the state as it
@@ -16,18 +23,20 @@ where. A stays constant: in dt_k A, a selective dt makes it selective too (secti
 Why no convolution? The response to u_i at time k, C_k exp((dt_{i+1} + ... + dt_k) A) dt_i
 B_i, depends on all samples between. There is no one kernel. But two steps in a row,
 x -> a x + v and x -> a' x + v', are one, x -> a'a x + (a'v + v'). So blocks of steps can
-run side by side: scan_blocks.
+run side by side: linear_scan.
 
-Why dt_k B_k, and not zero-order hold? That is (exp(dt A) - 1) / A B, or dt B (1 + dt A / 2
-+ ...). They agree where dt |A| is small; elsewhere a trained B_k makes up for it, at one
-rate, so that another rate is approximate.
+Differs from the paper: (1) is the form of the official code. Equation (4) of the paper is
+zero-order hold for B too, (exp(dt A) - 1) / A B, or dt B (1 + dt A / 2 + ...). The two
+agree where dt |A| is small. Elsewhere they are different layers, and in (1) another rate is
+only approximately the same signal, sampled less often.
 
-Why does memory matter? The states (b, d, l, n) are n times as large as the input.
-"Hardware-aware" (section 3.3.2) means: compute them where they are used, and once more in
-the backward pass, rather than store them. selective_scan does that if they are many.
+Why does memory matter? The states (b, d, l, n) are n times as large as the input. The
+"hardware-aware" algorithm of the paper (section 3.3.2) keeps them in the small, fast memory
+on the chip of a GPU, and computes them once more in the backward pass rather than store
+them. PyTorch can do the second: selective_scan does, where the states are many.
 
-Symbols: b batch, d features, n states (d_state), l length. u, dt, y, z (b, d, l);
-B, C (b, n, l); A (d, n); x (b, d, n); D (d). Inside the scans time comes first, d last.
+Symbols: b batch, d features, n states (d_state), l length. u, y (b, d, l); x (b, d, n);
+A (d, n); D (d). Inside, time comes before features: u, dt (b, l, d); B, C (b, l, n).
 """
 
 import math
@@ -48,15 +57,21 @@ class SelectiveSSM(nn.Module):
     dt_rank: W in (2) is a product with this inner size; auto is d / 16, rounded up
     dt_min, dt_max: step sizes start log-uniform in between, for u = 0
     lr: learning rate of dt_proj, A and x_proj, stored in ssm_lr for the optimizer, or None
+
+    A_log and D are marked _no_weight_decay, and dt_proj.bias is marked _no_reinit, as in
+    the official code: example.py does not decay what is marked. A network that initializes
+    its linear layers anew must leave out the bias that is marked.
     """
 
     def __init__(self, d_model, d_state=16, *, dt_rank="auto", dt_min=1e-3, dt_max=1e-1,
                  lr=None):
         super().__init__()
-        dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        check(d_model > 0, f"{d_model=}: pass a positive number")
         check(d_state > 0, f"{d_state=}: pass a positive number")
+        dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         check(dt_rank > 0, f"{dt_rank=}: pass auto, or a positive number")
         check(0 < dt_min <= dt_max < math.inf, f"{dt_min=}, {dt_max=}: pass 0 < min <= max")
+        check(lr is None or lr >= 0, f"{lr=}: pass None, or lr >= 0")
         self.d, self.n, self.dt_rank = d_model, d_state, dt_rank
         self.x_proj = nn.Linear(d_model, dt_rank + 2 * d_state, bias=False)     # dt, B, C
         self.dt_proj = nn.Linear(dt_rank, d_model)
@@ -66,55 +81,82 @@ class SelectiveSSM(nn.Module):
         minus_A = torch.arange(1.0, d_state + 1)                # as S4D-Real
         self.A_log = nn.Parameter(minus_A.log().repeat(d_model, 1))
         self.D = nn.Parameter(torch.ones(d_model))
+        self.mark_parameters()
         names = ("dt_proj.weight", "dt_proj.bias", "A_log", "x_proj.weight")
         self.ssm_lr = {} if lr is None else dict.fromkeys(names, lr)
 
+    def mark_parameters(self):
+        """What optimizers and initializers of the official code look for."""
+        for name, parameter in self.named_parameters():
+            if name in ("A_log", "D"):
+                parameter._no_weight_decay = True
+            if name == "dt_proj.bias":
+                parameter._no_reinit = True
+
+    def __setstate__(self, state):
+        """Called for a copy: copy.deepcopy leaves the marks of parameters out."""
+        super().__setstate__(state)
+        self.mark_parameters()
+
     def discretize(self, rate=1.0):
-        """What of (1) and (2) does not depend on the input: A (d, n) float64, and rate."""
-        if not 0 < rate < math.inf:
-            raise ValueError(f"{rate=}: pass a positive number")
+        """A (d, n) float64, and rate. The discretization itself, exp(dt_k A) and dt_k B_k,
+        depends on the input, so that only these can be made once for many steps."""
+        check_rate(rate)
         check(self.D.dtype.itemsize > 2, f"parameters are {self.D.dtype}: use autocast")
         return -self.A_log.double().exp(), rate
 
     def initial_state(self, batch_size):
-        """x_{-1} = 0: (b, d, n) float64, for rounding adds up over the steps."""
+        """x_{-1} = 0: (b, d, n) float64, so that steps do not add up rounding."""
         return self.D.new_zeros(batch_size, self.d, self.n, dtype=torch.float64)
 
     def select(self, u, rate):
-        """(2): u (b, d, l) or (b, d) -> dt, B, C, with or without l."""
-        low, B, C = channel_map(self.x_proj, u).split([self.dt_rank, self.n, self.n], 1)
-        return rate * F.softplus(channel_map(self.dt_proj, low)), B, C
+        """(2): u (.., d) -> dt (.., d), B (.., n), C (.., n)."""
+        low, B, C = self.x_proj(u).split([self.dt_rank, self.n, self.n], -1)
+        dt = rate * F.softplus(self.dt_proj(low))
+        return dt, B, C
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(1) once: u (b, d), state (b, d, n) -> y (b, d), next state.
-        discrete: what discretize() returned, to use it for many steps."""
+        discrete: what discretize(rate) returned, to use it for many steps."""
         check_input(u, 2, self.d, state, (self.d, self.n))
+        check(discrete is None or rate == 1.0, f"{rate=}: it is in discrete, pass it there")
         A, rate = discrete or self.discretize(rate)
+        v = u.to(self.D.dtype)
         with full_precision(u):
-            dt, B, C = self.select(u, rate)
-        x = torch.exp(dt[..., None] * A) * state + (dt * u)[..., None] * B[:, None]
-        y = (C[:, None] * x).sum(-1) + self.D * u       # (b, d)
+            dt, B, C = self.select(v, rate)
+        x = decay(dt, A) * state + drive(dt, B, v)              # (b, d, n)
+        y = read(C, x) + self.D * v                             # (b, d)
         return y.to(u.dtype), x
 
     def forward(self, u, state=None, *, rate=1.0, method="scan"):
         """u (b, d, l), state (b, d, n) or None -> y (b, d, l), last state or None.
 
         rate: factor on every dt_k: 2.0 for the same signal sampled half as often
-        method: scan, or step, which is (1) as it stands: the same numbers
+        method: scan, or step, one after the other: the same numbers
         Raises ValueError for a u, state, rate or method that does not fit.
         """
         check_input(u, 3, self.d, state, (self.d, self.n))
         check(method in ("scan", "step"), f"{method=}: choose scan or step")
+        if method == "step":
+            return self.recurrence(u, state, rate)
         A, rate = self.discretize(rate)
-        scan = step_by_step                             # in double precision, as A is
-        if method == "scan":
-            scan = selective_scan
-            A = A.to(self.D.dtype)
+        v = u.to(self.D.dtype).mT.contiguous()                  # (b, l, d)
+        x = self.initial_state(u.shape[0]) if state is None else state
         with full_precision(u):
-            dt, B, C = self.select(u, rate)
-            y, last = selective_scan_fn(u, dt, A, B, C, self.D, initial_state=state,
-                                        return_last_state=True, scan=scan)
-        return y, None if state is None else last.double()
+            dt, B, C = self.select(v, rate)
+            y, x = selective_scan(v, dt, A.to(v.dtype), B, C, x.to(v.dtype))
+        y = y + self.D * v                                      # (b, l, d)
+        return y.mT.to(u.dtype), None if state is None else x.double()
+
+    def recurrence(self, u, state, rate):
+        """(1), one step after the other: the same numbers as forward()."""
+        x = self.initial_state(u.shape[0]) if state is None else state
+        discrete = self.discretize(rate)
+        outputs = []
+        for u_k in u.unbind(-1):
+            y_k, x = self.step(u_k, x, discrete=discrete)
+            outputs.append(y_k)
+        return torch.stack(outputs, -1), None if state is None else x
 
 
 class Mamba(SelectiveSSM):
@@ -123,23 +165,26 @@ class Mamba(SelectiveSSM):
         v, z = W_in u,    o = W_out (SSM(silu(conv(v))) * silu(z)),    d = expand h
 
     d_conv: length of the causal convolution over each feature; it counts samples, not time
-    expand, dt_rank: d / h; auto is h / 16, rounded up. The others as in SelectiveSSM
+    expand, dt_rank: d / h; auto is h / 16, rounded up
+    bias, conv_bias: of W_in and W_out, and of conv. The others as in SelectiveSSM
 
     A state is a pair: the last inputs of the convolution, (b, d, d_conv - 1), and x
-    (b, d, n). Parameters are named as in the official block.
+    (b, d, n). The official block holds the parameters of the SSM itself, under these names;
+    so Mamba is a SelectiveSSM with maps around it, and its checkpoints load.
     """
 
     def __init__(self, d_model, d_state=16, *, d_conv=4, expand=2, dt_rank="auto",
-                 dt_min=1e-3, dt_max=1e-1, lr=None):
+                 bias=False, conv_bias=True, dt_min=1e-3, dt_max=1e-1, lr=None):
+        check(d_model > 0, f"{d_model=}: pass a positive number")
         check(d_conv > 0, f"{d_conv=}: pass a positive number")
         check(expand > 0, f"{expand=}: pass a positive number")
         dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         super().__init__(expand * d_model, d_state, dt_rank=dt_rank, dt_min=dt_min,
                          dt_max=dt_max, lr=lr)
         self.h, self.d_conv = d_model, d_conv
-        self.in_proj = nn.Linear(d_model, 2 * self.d, bias=False)
-        self.conv1d = nn.Conv1d(self.d, self.d, d_conv, groups=self.d)
-        self.out_proj = nn.Linear(self.d, d_model, bias=False)
+        self.in_proj = nn.Linear(d_model, 2 * self.d, bias=bias)
+        self.conv1d = nn.Conv1d(self.d, self.d, d_conv, groups=self.d, bias=conv_bias)
+        self.out_proj = nn.Linear(self.d, d_model, bias=bias)
 
     def initial_state(self, batch_size):
         """No inputs yet, and x_{-1} = 0."""
@@ -148,97 +193,133 @@ class Mamba(SelectiveSSM):
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """The block once: u (b, h), state -> o (b, h), next state."""
-        inputs, x = state
+        inputs, x = (None, None) if state is None else state
         check_input(u, 2, self.h, inputs, (self.d, self.d_conv - 1))
-        v, z = channel_map(self.in_proj, u).chunk(2, 1)         # (b, d) each
+        v, z = self.in_proj(u.to(self.D.dtype)).chunk(2, -1)    # (b, d) each
         v = torch.cat([inputs.to(v.dtype), v[..., None]], -1)   # (b, d, d_conv)
         inputs = v[..., 1:].to(self.D.dtype)
         v = F.silu(self.conv1d(v))[..., 0]                      # (b, d)
         y, x = super().step(v, x, rate=rate, discrete=discrete)
-        o = channel_map(self.out_proj, y * F.silu(z))
+        o = self.out_proj(y * F.silu(z))                        # (b, h)
         return o.to(u.dtype), (inputs, x)
 
     def forward(self, u, state=None, *, rate=1.0, method="scan"):
         """u (b, h, l), state or None -> o (b, h, l), last state or None."""
-        inputs, x = self.initial_state(len(u)) if state is None else state
+        inputs, x = self.initial_state(u.shape[0]) if state is None else state
         check_input(u, 3, self.h, inputs, (self.d, self.d_conv - 1))
-        v, z = channel_map(self.in_proj, u).chunk(2, 1)         # (b, d, l) each
-        v = torch.cat([inputs.to(v.dtype), v], -1)              # with what is still seen
+        if method == "step":
+            return self.recurrence(u, state, rate)
+        v = u.to(self.D.dtype).mT.contiguous()                  # (b, l, h)
+        v, z = self.in_proj(v).chunk(2, -1)                     # (b, l, d) each
+        v = torch.cat([inputs.to(v.dtype), v.mT], -1)           # with what is still seen
         inputs = v[..., u.shape[-1]:].to(self.D.dtype)          # (b, d, d_conv - 1)
         v = F.silu(self.conv1d(v))                              # (b, d, l)
         y, x = super().forward(v, x, rate=rate, method=method)
-        o = channel_map(self.out_proj, y * F.silu(z))
-        return o.to(u.dtype), None if state is None else (inputs, x)
+        o = self.out_proj(y.mT * F.silu(z))                     # (b, l, h)
+        return o.mT.to(u.dtype), None if state is None else (inputs, x)
+
+
+# ---- the three parts of (1), of one step or of many ----
+
+def decay(dt, A):
+    """exp(dt A): dt (.., d), A (d, n) -> (.., d, n)."""
+    return torch.exp(dt[..., None] * A)
+
+
+def drive(dt, B, u):
+    """dt B u: dt, u (.., d), B (.., n) -> (.., d, n)."""
+    return (dt * u)[..., None] * B[..., None, :]
+
+
+def read(C, x):
+    """C x: C (.., n), x (.., d, n) -> (.., d)."""
+    return (x * C[..., None, :]).sum(-1)
 
 
 # ---- the scan: by the definition, in blocks, and in groups of blocks ----
-# dt, u (l, b, d), B, C (l, b, n), A (n, d), x (b, n, d) -> y (l, b, d) without D, last x
+# u, dt (.., l, d), A (.., d, n), B, C (.., l, n), x (.., d, n) -> y (.., l, d), last x
 
-def step_by_step(dt, u, B, C, A, x):
-    """The definition (1)."""
+def step_by_step(u, dt, A, B, C, x):
+    """The definition (1), without D."""
     outputs = []
-    for dt_k, u_k, B_k, C_k in zip(dt, u, B, C):
-        x = torch.exp(dt_k[:, None] * A) * x + B_k[..., None] * (dt_k * u_k)[:, None]
-        outputs.append((C_k[:, None] @ x)[:, 0])        # (b, d)
-    return torch.stack(outputs), x
+    for k in range(u.shape[-2]):
+        u_k, dt_k, B_k, C_k = (t[..., k, :] for t in (u, dt, B, C))
+        x = decay(dt_k, A) * x + drive(dt_k, B_k, u_k)
+        outputs.append(read(C_k, x))
+    return torch.stack(outputs, -2), x
 
 
-def scan_blocks(dt, u, B, C, A, x, T=16):
-    """The same in J blocks of T steps: all blocks at once, each from 0; then where each
-    block really starts, one after the other; then all blocks at once again, from there.
+def scan_blocks(u, dt, A, B, C, x, T=16):
+    """The same by linear_scan: time is k = jT + i, with J blocks of T steps."""
+    l = u.shape[-2]
+    u, dt, B, C = (in_blocks(t, -2, T) for t in (u, dt, B, C))      # (.., J, T, d or n)
+    v = [drive(*parts) for parts in zip(dt.unbind(-2), B.unbind(-2), u.unbind(-2))]
+    states = linear_scan(dt, A[..., None, :, :], v, x)
+    y = [(x_i @ C_i[..., None])[..., 0] for x_i, C_i in zip(states, C.unbind(-2))]
+    return torch.stack(y, -2).flatten(-3, -2)[..., :l, :], states[-1][..., -1, :, :]
 
-    Time is k = jT + i. Slices made one at a time are faster than one large tensor. With P
-    the cumulative product of decays, cumsum(dtBu / P) P would be shorter, but P underflows.
+
+def in_blocks(t, dim, T):
+    """Time, which is dimension dim, as (J, T). dt = 0 in what is added keeps the state."""
+    padding = [0, 0] * (-1 - dim) + [0, -t.shape[dim] % T]
+    return F.pad(t, padding).unflatten(dim, (-1, T))
+
+
+def linear_scan(dt, A, v, x):
+    """All x_k = exp(dt_k A) x_{k-1} + v_k: dt (.., J, T, d); v and the result are lists of
+    T slices (.., J, d, n), x (.., d, n) is x_{-1}.
+
+    All J blocks at once, each from 0, for their ends; from the ends, by the same function,
+    where each block really starts; then all blocks at once again, from there. Slices are
+    faster than one large tensor. With P the cumulative product of decays,
+    cumsum(v / P) P would be shorter, but P underflows.
     """
-    l = len(u)
-    T = min(T, l)
-    padding = (0, 0, 0, 0, 0, -l % T)                   # dt = 0 keeps the state
-    dt, u, B, C = (F.pad(t, padding).unflatten(0, (-1, T)) for t in (dt, u, B, C))
-    decays = [torch.exp(dt_i[:, :, None] * A) for dt_i in dt.unbind(1)]     # (J, b, n, d)
-    inputs = []
-    for B_i, dtu_i in zip(B.unbind(1), (dt * u).unbind(1)):
-        inputs.append(B_i[..., None] * dtu_i[:, :, None])
-    end = inputs[0]                                     # from x = 0
-    for decay, dtBu in zip(decays[1:], inputs[1:]):
-        end = torch.addcmul(dtBu, decay, end)           # (J, b, n, d)
-    starts = []
-    block_decay = torch.exp(dt.sum(1)[:, :, None] * A)
-    for decay_j, end_j in zip(block_decay.unbind(), end.unbind()):
-        starts.append(x)
-        x = torch.addcmul(end_j, decay_j, x)            # (b, n, d)
-    state = torch.stack(starts)
-    outputs = []
-    for decay, dtBu, C_i in zip(decays, inputs, C.unbind(1)):
-        state = torch.addcmul(dtBu, decay, state)       # (J, b, n, d)
-        outputs.append((C_i[:, :, None] @ state)[:, :, 0])
-    return torch.stack(outputs, 1).flatten(0, 1)[:l], x
+    J, T = dt.shape[-3:-1]
+    a = [decay(dt_i, A) for dt_i in dt.unbind(-2)]
+    state = x[..., None, :, :]
+    if J > 1:
+        end = v[0]
+        for a_i, v_i in zip(a[1:], v[1:]):
+            end = torch.addcmul(v_i, a_i, end)                      # (.., J, d, n)
+        ends = in_blocks(end, -3, T).unbind(-3)
+        later = linear_scan(in_blocks(dt.sum(-2), -2, T), A, ends, x)
+        later = torch.stack(later, -3).flatten(-4, -3)              # (.., J or more, d, n)
+        state = torch.cat([state, later[..., :J - 1, :, :]], -3)
+    states = []
+    for a_i, v_i in zip(a, v):
+        state = torch.addcmul(v_i, a_i, state)                      # (.., J, d, n)
+        states.append(state)
+    return states
 
 
-def selective_scan(dt, u, B, C, A, x, largest=2 ** 22):
+def selective_scan(u, dt, A, B, C, x, largest=2 ** 22):
     """The same in groups of steps with about `largest` states, one after the other. The
     last two groups are kept for the backward pass, which begins there, and those before
     are computed once more: less memory for more time."""
-    l, b, d = u.shape
-    group = max(16, largest // (b * d * len(A)) // 16 * 16)     # steps
-    parts = [t.split(group) for t in (dt, u, B, C)]
+    states = x.numel()                                              # of one step
+    group = max(16, largest // states // 16 * 16)                   # steps
+    parts = [t.split(group, -2) for t in (u, dt, B, C)]
     recomputed = len(parts[0]) - 2
     outputs = []
-    for i, part in enumerate(zip(*parts)):
+    for i, (u_i, dt_i, B_i, C_i) in enumerate(zip(*parts)):
+        part = (u_i, dt_i, A, B_i, C_i, x)
         if i < recomputed and torch.is_grad_enabled():
-            y, x = checkpoint(scan_blocks, *part, A, x, use_reentrant=False)
+            y, x = checkpoint(scan_blocks, *part, use_reentrant=False)
         else:
-            y, x = scan_blocks(*part, A, x)
+            y, x = scan_blocks(*part)
         outputs.append(y)
-    return torch.cat(outputs), x
+    return torch.cat(outputs, -2), x
 
 
 def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None,
                       delta_softplus=False, return_last_state=False, initial_state=None,
                       scan=selective_scan):
     """(1) for given dt, B, C: in place of the CUDA function of that name, on any device,
-    for real A, and B and C that vary in time.
+    for real A.
 
-    u, delta, z (b, d, l), A (d, n), B, C (b, n, l), D, delta_bias (d)
+    u, delta, z (b, d, l), A (d, n), D, delta_bias (d)
+    B, C (b, n, l); or (b, g, n, l), one for each of g groups of d / g features; or (d, n),
+    one for each feature, constant in time
     initial_state (b, d, n), or None for zeros
     dt = delta + delta_bias, or its softplus; z: multiplies the output by silu(z)
     -> y (b, d, l) as u, and with return_last_state also the last state (b, d, n)
@@ -249,44 +330,50 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None,
     b, d, l = u.shape
     n = A.shape[1]
     given = {"u": (u, (b, d, l)), "A": (A, (d, n)), "delta": (delta, (b, d, l)),
-             "B": (B, (b, n, l)), "C": (C, (b, n, l)), "D": (D, (d,)), "z": (z, (b, d, l)),
-             "delta_bias": (delta_bias, (d,)), "initial_state": (initial_state, (b, d, n))}
+             "D": (D, (d,)), "z": (z, (b, d, l)), "delta_bias": (delta_bias, (d,)),
+             "initial_state": (initial_state, (b, d, n))}
     for name, (t, shape) in given.items():
         if t is not None:
             check(t.shape == shape and t.is_floating_point() and t.numel() > 0,
                   f"{name} is {t.dtype} {tuple(t.shape)}: pass floats {shape}")
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
+    B, C = in_groups("B", B, b, d, n, l), in_groups("C", C, b, d, n, l)
+    g = max(B.shape[1], C.shape[1])
+    check({B.shape[1], C.shape[1]} <= {1, g}, "B, C: pass as many groups in both")
+    B, C = (t.to(dtype).expand(b, g, n, l).mT for t in (B, C))      # (b, g, l, n)
     with full_precision(u):
-        dt = delta.to(dtype)
+        v, dt = u.to(dtype), delta.to(dtype)
         if delta_bias is not None:
             dt = dt + delta_bias[:, None]
         if delta_softplus:
             dt = F.softplus(dt)
-        x = u.new_zeros(b, d, n) if initial_state is None else initial_state
-        # (b, c, l) -> (l, b, c) as one transpose of a matrix: torch copies that one fast
-        sequences = [t.to(dtype).flatten(0, 1).t().contiguous().unflatten(1, t.shape[:2])
-                     for t in (dt, u, B, C)]
-        y, x = scan(*sequences, A.to(dtype).mT.contiguous(), x.to(dtype).mT)
-        y = y.flatten(1).t().contiguous().view(b, d, l)
+        x = v.new_zeros(b, d, n) if initial_state is None else initial_state.to(dtype)
+        # each group of features is a batch of its own
+        parts = [t.unflatten(1, (g, -1)).mT.contiguous() for t in (v, dt)]
+        y, x = scan(*parts, A.to(dtype).unflatten(0, (g, -1)), B, C,
+                    x.unflatten(1, (g, -1)))
+        y = y.mT.flatten(1, 2)                                      # (b, d, l)
         if D is not None:
-            y = torch.addcmul(y, D[:, None], u.to(dtype))
+            y = torch.addcmul(y, D[:, None], v)
         if z is not None:
             y = y * F.silu(z.to(dtype))
     y = y.to(u.dtype)
-    return (y, x.mT) if return_last_state else y
+    return (y, x.flatten(1, 2)) if return_last_state else y
+
+
+def in_groups(name, t, b, d, n, l):
+    """B or C of selective_scan_fn as (b or 1, g, n, l or 1)."""
+    fits = t.shape in ((d, n), (b, n, l)) or \
+        t.dim() == 4 and t.shape == (b, t.shape[1], n, l) and d % max(t.shape[1], 1) == 0
+    check(fits and t.is_floating_point() and t.numel() > 0, f"{name} is {t.dtype} "
+          f"{tuple(t.shape)}: pass floats {(b, n, l)}, {(b, 'g', n, l)} or {(d, n)}")
+    if t.dim() == 2:
+        return t[None, :, :, None]
+    return t[:, None] if t.dim() == 3 else t
 
 
 # the same by the definition, one step after the other
 selective_scan_seq = partial(selective_scan_fn, scan=step_by_step)
-
-
-def channel_map(linear, u):
-    """A linear layer over the features of u (b, h), or of u (b, h, l) as a convolution of
-    length 1: twice as fast as a matrix product, for which torch copies u."""
-    u = u.to(linear.weight.dtype)
-    if u.dim() == 2:
-        return linear(u)
-    return F.conv1d(u, linear.weight[..., None], linear.bias)
 
 
 def full_precision(u):
@@ -295,17 +382,28 @@ def full_precision(u):
 
 
 def check_input(u, dims, features, state, shape):
-    """dims 2: u (b, features); dims 3: u (b, features, l); state (b, *shape) or None."""
+    """dims 2: u (b, features) and a state (b, *shape);
+    dims 3: u (b, features, l), and a state or None."""
+    wanted = f"(b, {features})" if dims == 2 else f"(b, {features}, l)"
     fits = u.dim() == dims and u.shape[1] == features and u.numel() > 0
     check(fits and u.is_floating_point(),
-          f"u is {u.dtype} {tuple(u.shape)}: pass floats, {features} features, {dims}-d")
-    if state is not None:
-        check(state.shape == (len(u), *shape) and state.is_floating_point(),
+          f"u is {u.dtype} {tuple(u.shape)}: pass floats {wanted}")
+    if dims == 2 or state is not None:
+        fits = state is not None and state.shape == (u.shape[0], *shape)
+        check(fits and state.is_floating_point(),
               "state: pass one of the shape and type of initial_state()")
 
 
+def check_rate(rate):
+    """rate is one positive number for the whole call."""
+    check(not isinstance(rate, (torch.Tensor, list)), "rate: pass one number for the whole "
+          "call; for irregular sampling call step with a rate of its own for each sample")
+    if not 0 < rate < math.inf:     # not by check(): torch.compile cannot print a rate
+        raise ValueError(f"{rate=}: pass a positive number")
+
+
 def check(ok, message):
-    """Raise a ValueError unless ok. Not for rate or l: torch.compile can't print them."""
+    """Raise a ValueError unless ok."""
     if not ok:
         raise ValueError(message)
 

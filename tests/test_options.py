@@ -31,9 +31,11 @@ BAD = {     # class: {argument: wrong values}
         "step_rescale": [0.0, -1.0, NAN, INF]},
     "lru.LRU": ANY | {"r_min": [-0.1, 1.0, 2.0, NAN], "r_max": [0.0, 1.1, NAN],
                       "max_phase": [0.0, -1.0, NAN, INF]},
-    "selective_scan.SelectiveSSM": ANY | DT | {"dt_rank": [0, -1]},
-    "selective_scan.Mamba": ANY | DT | {"dt_rank": [0, -1], "d_conv": [0, -1],
-                                        "expand": [0, -1]},
+    "selective_scan.SelectiveSSM": ANY | DT | {"d_model": [0, -1], "dt_rank": [0, -1],
+                                               "lr": [-1.0, NAN]},
+    "selective_scan.Mamba": ANY | DT | {"d_model": [0, -1], "dt_rank": [0, -1],
+                                        "d_conv": [0, -1], "expand": [0, -1],
+                                        "lr": [-1.0, NAN]},
 }
 TIME = [{"dt_min": 0.05}, {"dt_max": 0.01}]
 MEASURES = {"mode": "diag", "measure": "diag-lin"}
@@ -60,7 +62,8 @@ CHANGES = {  # class: options, each of which changes the output
               {"clip_eigs": True}, {"bidirectional": True}, {"step_rescale": 0.5}, *TIME],
     "lru.LRU": [{"r_min": 0.5}, {"r_max": 0.5}, {"max_phase": 0.1}],
     "selective_scan.SelectiveSSM": [{"dt_rank": 3}, *TIME],
-    "selective_scan.Mamba": [{"dt_rank": 3}, {"d_conv": 2}, {"expand": 1}, *TIME],
+    "selective_scan.Mamba": [{"dt_rank": 3}, {"d_conv": 2}, {"expand": 1},
+                             {"bias": True}, {"conv_bias": False}, *TIME],
 }
 
 
