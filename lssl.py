@@ -95,8 +95,8 @@ class LSSL(nn.Module):
         self.ssm_lr = {name: lr for name in names if getattr(self, name).requires_grad}
         if alpha < 0.5:
             radius = torch.linalg.eigvals(self.discretize()[0]).abs().max()
-            check(radius <= 1, f"{alpha=}, {dt_max=}: A_bar has an eigenvalue outside of the "
-                  "unit circle, pass a smaller dt_max, or alpha from 0.5")
+            check(radius <= 1, f"{alpha=}, {dt_max=}: A_bar has an eigenvalue outside of "
+                  "the unit circle, pass a smaller dt_max, or alpha from 0.5")
 
     def discretize(self, rate=1.0):
         """(5) at step size rate * dt: A_bar (h, n, n), B_bar (h, n), C (m, h, n) float64,
@@ -256,7 +256,7 @@ def fft_conv(u, K):
 
 def full_precision(u):
     """Switch autocast off: half precision is too coarse for a long recurrence."""
-    return torch.autocast(u.device.type, enabled=False)
+    return torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False)
 
 
 # ---- HiPPO: where A and B start, and what x remembers ----

@@ -407,7 +407,7 @@ def last_state(u, B_bar, A_k):
 
 def full_precision(u):
     """Switch autocast off: half precision is too coarse for a long recurrence."""
-    return torch.autocast(u.device.type, enabled=False)
+    return torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False)
 
 
 # ---- what the options add ----

@@ -9,12 +9,15 @@ All h features u(t) together drive one linear system with n states, Lambda diago
 
 Sampled with one step size dt for each state, and zero-order hold, it is a recurrence:
 
-    x_k = A_bar x_{k-1} + B_bar u_k,    y_k = C x_k + D u_k,                       (2)
+    x_k = A_bar x_{k-1} + B_bar u_k,    y_k = 2 Re(C x_k) + D u_k,                 (2)
     A_bar = exp(dt Lambda),    B_bar = Lambda^{-1} (A_bar - 1) B.
 
-What was wrong before. S4 and its relatives run h separate systems with n states each, and
-mix the features only afterwards. S5 has one system: B and C mix, and the state has n
-numbers instead of h n.
+With disc="bilinear" A_bar = (1 + dt/2 Lambda) / (1 - dt/2 Lambda), and
+B_bar = dt / (1 - dt/2 Lambda) B.
+
+What was wrong before. S4 and its relatives are h systems side by side, each with a single
+input and a single output, and need another layer to mix the features. S5 is one system with
+many inputs and many outputs: B and C mix, and the state has n numbers instead of h n.
 
 Why a scan? With many inputs K_k = C A_bar^k B_bar is an (h, h) matrix for each k, too
 large to convolve with. But two steps in a row, x -> a x + v and x -> a' x + v', are one:
@@ -23,13 +26,14 @@ large to convolve with. But two steps in a row, x -> a x + v and x -> a' x + v',
 
 This is associative: steps can be combined in any order, so in parallel: linear_scan.
 
-Why complex, and why 2 Re? The eigenvalues of a real matrix come in conjugate pairs, and
-the second of a pair adds the conjugate of what the first adds. So p = n/2 are stored, and
-C x stands for 2 Re(C x). With conj_sym=False, p = n independent ones, and Re(C x).
+Why complex, and why 2 Re? Eigenvalues of a real system come in conjugate pairs, as do B
+and C, and the second of a pair adds the conjugate of what the first adds. So p = n/2 are
+stored. With conj_sym=False, p = n independent ones, and y_k = Re(C x_k) + D u_k.
 
 Where it starts. Lambda are the eigenvalues of the normal part of HiPPO-LegS, of size
 n / blocks, once for each block. B and C are random, in the basis of its eigenvectors V:
-V^{-1} B = V* B and C V.
+V^{-1} B = V* B and C V. Differs from the official code: B has variance 1/h (there 1/n) and
+C 1/n (there 1/(h n)), which gives y the size of u at any h and n.
 
 Free-running dynamics from a state: layer(torch.zeros(b, h, n_steps), state).
 
@@ -50,7 +54,7 @@ from torch.nn import functional as F
 class S5(nn.Module):
     """(b, h, l) -> (b, h, l), with D, without activation.
 
-    d_model, d_state: h, and n
+    d_model, d_state: h, and n, stored as p = n/2 complex numbers for all features together
     blocks: number of HiPPO blocks that Lambda starts from, a divisor of n
     C_init: lecun_normal, trunc_standard_normal or complex_normal, see initial_C
     disc: zoh (zero-order hold, as above) or bilinear
@@ -67,6 +71,7 @@ class S5(nn.Module):
                  conj_sym=True, clip_eigs=False, bidirectional=False, step_rescale=1.0,
                  dt_min=1e-3, dt_max=1e-1, lr=1e-3):
         super().__init__()
+        check(d_model > 0 and lr >= 0, f"{d_model=}, {lr=}: pass d_model > 0 and lr >= 0")
         check(d_state > 0 and blocks > 0 and d_state % blocks == 0,
               f"{d_state=}, {blocks=}: pass positive numbers, blocks a divisor of d_state")
         check(not conj_sym or d_state // blocks % 2 == 0,
@@ -98,33 +103,36 @@ class S5(nn.Module):
     def discretize(self, rate=1.0):
         """(2) at step size rate * dt: A_bar (p), B_bar (p, h), C (h, p) complex128,
         because an error of A_bar grows k-fold in A_bar^k."""
-        if not 0 < rate < math.inf:
-            raise ValueError(f"{rate=}: pass a positive number")
+        if isinstance(rate, (torch.Tensor, list)) or not 0 < rate < math.inf:
+            raise ValueError(f"{rate=}: pass one positive number; for irregular sampling, "
+                             "call step with a rate of its own for each sample")
         check(self.D.dtype.itemsize > 2, f"parameters are {self.D.dtype}: use autocast")
         dt = rate * self.step_rescale * self.log_step.double().exp()
         real = self.Lambda_re.double()
         if self.clip_eigs:
             real = real.clamp(max=-1e-4)
         Lambda = torch.complex(real, self.Lambda_im.double())
-        Lambda = torch.where(Lambda == 0, 1e-12, Lambda)        # there B_bar is its limit
         B = torch.view_as_complex(self.B.double())
         C = torch.view_as_complex(self.C.double())
         if self.conj_sym:
-            C = 2 * C                                           # 2 for the pairs
+            C = 2 * C                                           # 2 Re for the pairs
         if self.disc == "bilinear":
             half = dt * Lambda / 2
             return (1 + half) / (1 - half), (dt / (1 - half))[:, None] * B, C
-        hold = torch.expm1(dt * Lambda) / Lambda
+        limit = dt * (1 + dt * Lambda / 2)                      # of hold, at Lambda = 0
+        hold = torch.expm1(dt * Lambda) / torch.where(Lambda == 0, 1, Lambda)
+        hold = torch.where(Lambda == 0, limit, hold)            # expm1(z) is exp(z) - 1
         return torch.exp(dt * Lambda), hold[:, None] * B, C
 
     def initial_state(self, batch_size):
-        """x_{-1} = 0: (b, p) complex128, for rounding adds up over the steps."""
+        """x_{-1} = 0: (b, p) complex128, so that steps do not add up rounding."""
         return self.D.new_zeros(batch_size, self.p, dtype=torch.complex128)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once: u (b, h), state (b, p) -> y (b, h), next state.
-        discrete: what discretize() returned, to use it for many steps."""
+        discrete: what discretize(rate) returned, to use it for many steps."""
         self.check_input(u, 2, state)
+        check(discrete is None or rate == 1.0, f"{rate=}: it is in discrete, pass it there")
         A_bar, B_bar, C = discrete or self.discretize(rate)
         x = A_bar * state + u.to(B_bar.dtype) @ B_bar.mT        # (b, p)
         y = (x @ C.mT).real + self.D * u                        # (b, h)
@@ -134,92 +142,120 @@ class S5(nn.Module):
         """u (b, h, l), state (b, p) or None -> y (b, h, l), last state or None.
 
         rate: factor on dt: 2.0 for the same signal sampled half as often
-        method: scan, conv (of each state, by FFT) or step: the same numbers
+        method: scan, conv (FFT, whose rounding is relative to the largest u), or step, (2)
         Raises ValueError for a u, state, rate or method that does not fit.
         """
         self.check_input(u, 3, state)
         check(method in ("scan", "conv", "step"), f"{method=}: choose scan, conv or step")
+        if method == "step":
+            return self.recurrence(u, state, rate)
         A_bar, B_bar, C = self.discretize(rate)
-        start = self.initial_state(len(u)) if state is None else state
-        scan = {"scan": linear_scan, "conv": fft_scan, "step": loop_scan}[method]
-        dtype = self.D.dtype
-        with full_precision(u):
-            B = as_real(B_bar.mT).to(dtype).expand(len(u), -1, -1)      # (b, h, 2p)
-            v = torch.bmm(u.to(dtype).mT, B)        # (b, l, 2p); @ would copy u
-            v = torch.view_as_complex(v.unflatten(-1, (-1, 2)))         # (b, l, p)
-            x = scan(A_bar, v, start)
-            last = x[:, -1].to(torch.complex128)
-            if self.bidirectional:
-                future = scan(A_bar, v.flip(1), start).flip(1)
-                x = torch.cat([x, future], -1)                          # (b, l, 2p)
-            y = as_real(C.conj()).to(dtype) @ as_real(x).to(dtype).mT   # (b, h, l)
-            y = torch.addcmul(y, self.D[:, None], u.to(dtype))
-        return y.to(u.dtype), None if state is None else last
+        scan = linear_scan if method == "scan" else fft_scan
+        start = self.initial_state(u.shape[0]) if state is None else state
+        w = u.to(self.D.dtype)
+        v = drive(B_bar, w)                                     # B_bar u_k, (b, l, p)
+        x = scan(A_bar, v, start)                               # (b, l, p)
+        last = None if state is None else x[:, -1].to(torch.complex128)
+        if self.bidirectional:
+            future = scan(A_bar, v.flip(1), start).flip(1)
+            x = torch.cat([x, future], -1)                      # (b, l, 2p)
+        y = read(C, x) + self.D[:, None] * w                    # 2 Re(C x_k) + D u_k
+        return y.to(u.dtype), last
+
+    def recurrence(self, u, state, rate):
+        """(2), one step after the other: the same numbers as forward()."""
+        x = self.initial_state(u.shape[0]) if state is None else state
+        discrete = self.discretize(rate)
+        outputs = []
+        for u_k in u.unbind(-1):
+            y_k, x = self.step(u_k, x, discrete=discrete)
+            outputs.append(y_k)
+        return torch.stack(outputs, -1), None if state is None else x
 
     def check_input(self, u, dims, state):
-        """dims 2: u (b, h); dims 3: u (b, h, l); state (b, p) or None."""
+        """dims 2: u (b, h) and a state; dims 3: u (b, h, l), and a state or None."""
+        shape = f"(b, {self.h})" if dims == 2 else f"(b, {self.h}, l)"
         fits = u.dim() == dims and u.shape[1] == self.h and u.numel() > 0
         check(fits and u.is_floating_point(),
-              f"u is {u.dtype} {tuple(u.shape)}: pass floats, {self.h} features, {dims}-d")
-        if state is not None:
-            check(not self.bidirectional, "bidirectional=True: it has no state, pass False")
-            check(state.shape == (len(u), self.p) and state.is_complex(),
+              f"u is {u.dtype} {tuple(u.shape)}: pass floats {shape}")
+        if dims == 2 or state is not None:
+            check(not self.bidirectional, "bidirectional=True: it has no state and no step")
+            fits = state is not None and state.shape == (u.shape[0], self.p)
+            check(fits and state.is_complex(),
                   "state: pass one of the shape and type of initial_state()")
 
 
-# ---- all states at once, in three ways, n stored: a (n), v (b, l, n), x (b, n) ----
+# ---- all states at once: a (n), v (.., l, n), x (.., n) -> (.., l, n) ----
+
+def drive(B_bar, u):
+    """B_bar u_k for all k: B_bar (n, h), u (b, h, l) -> (b, l, n) complex. One product of
+    real matrices, Re and Im of B_bar side by side: twice as fast as a complex one."""
+    B = torch.view_as_real(B_bar.mT).flatten(-2).to(u.dtype)            # (h, 2n)
+    with full_precision(u):
+        v = torch.bmm(u.mT, B.expand(u.shape[0], -1, -1))   # (b, l, 2n); @ would copy u
+    return torch.view_as_complex(v.unflatten(-1, (-1, 2)).contiguous())
+
+
+def read(C, x):
+    """Re(C x_k) for all k: C (h, n), x (b, l, n) -> (b, h, l). One real product likewise,
+    for Re(C x) is Re C Re x - Im C Im x."""
+    x = torch.view_as_real(x).flatten(-2)                               # (b, l, 2n)
+    C = torch.view_as_real(C.conj_physical()).flatten(-2).to(x.dtype)   # (h, 2n)
+    with full_precision(x):
+        return C @ x.mT
+
+
+def combine(first, second):
+    """(3): two steps in a row as one step. A step is the pair (a, v) of x -> a x + v."""
+    a, v = first
+    a_next, v_next = second
+    return a_next * a, a_next * v + v_next
+
 
 def loop_scan(a, v, x):
-    """The definition: x_k = a x_{k-1} + v_k from x_{-1} = x, in the precision of a."""
+    """The definition: x_k = a x_{k-1} + v_k from x_{-1} = x."""
     states = []
-    for v_k in v.unbind(1):
-        x = a * x + v_k
+    for v_k in v.unbind(-2):
+        x = torch.addcmul(v_k, a, x)                    # a x + v_k
         states.append(x)
-    return torch.stack(states, 1)
+    return torch.stack(states, -2)
 
 
 def linear_scan(a, v, x, T=32):
-    """The same by (3), in J blocks of T steps: at most 2T steps on each of log_T l levels.
+    """The same, in J blocks of T steps, side by side: here three blocks of T = 2.
 
-    First all blocks at once, each from 0: that combines the steps of a block to one,
-    x -> a^T x + end. Where the blocks really start is then a scan of these ends, by this
-    function, from x. Then all blocks at once again, from there. T is small: so a, rounded
-    to the precision of v, is multiplied T times at most, and a^T comes from double
-    precision. Of such T, 32 is the fastest, measured.
+        steps     v0 v1 | v2 v3 | v4 v5
+        ends         e0 |    e1 |    e2   each block from 0: by (3) its steps are one step,
+        starts    x     | x1    | x3      whose scan from x is this one: x1 = a^2 x + e0
+        states    x0 x1 | x2 x3 | x4 x5   each block from its start: x2 = a x1 + v2
+
+    So a loop of l steps becomes 2T steps on each of log_T(l) levels. a is rounded to the
+    precision of v, and multiplied T times at most: a^T comes from double precision.
     """
-    l = v.shape[1]
-    T = min(l, T)                                       # a short sequence is one block
-    if l % T > 0:
-        v = F.pad(v, (0, 0, 0, (-l) % T))               # zeros at the end: a full block
-    steps = v.unflatten(1, (-1, T)).unbind(2)           # T of (b, J, n)
+    check(T > 1, f"{T=}: pass a block length of 2 or more")
+    l = v.shape[-2]
     a_v = a.to(v.dtype)
-    state = x[:, None].to(v.dtype)                      # (b, 1, n): where the first starts
-    if l > T:
-        end = steps[0]
-        for step in steps[1:]:
-            end = torch.addcmul(step, a_v, end)
-        after = linear_scan(a ** T, end[:, :-1], x, T)
-        state = torch.cat([state, after], 1)            # (b, J, n): where each starts
-    states = []
-    for step in steps:
-        state = torch.addcmul(step, a_v, state)
-        states.append(state)
-    return torch.stack(states, 2).flatten(1, 2)[:, :l]
+    x_v = x.to(v.dtype)
+    if l <= T:
+        return loop_scan(a_v, v, x_v)
+    blocks = F.pad(v, (0, 0, 0, -l % T)).unflatten(-2, (-1, T))     # (.., J, T, n)
+    end = torch.zeros_like(blocks[..., 0, :])                       # (.., J, n)
+    for v_i in blocks.unbind(-2):
+        end = torch.addcmul(v_i, a_v, end)
+    later = linear_scan(a ** T, end[..., :-1, :], x, T)
+    starts = torch.cat([x_v[..., None, :], later], -2)              # (.., J, n)
+    return loop_scan(a_v, blocks, starts).flatten(-3, -2)[..., :l, :]
 
 
 def fft_scan(a, v, x):
-    """The same by FFT: each state convolves v with the powers of a. l zeros: no wrap."""
-    l = v.shape[1]
-    powers = torch.linalg.vander(a, N=l + 1).mT         # (l + 1, n)
-    a_k = powers[:l].to(v.dtype)
-    product = torch.fft.fft(v, 2 * l, dim=1) * torch.fft.fft(a_k, 2 * l, dim=0)
-    states = torch.fft.ifft(product, dim=1)[:, :l]
-    return states + (powers[1:] * x[:, None]).to(v.dtype)
-
-
-def as_real(z):
-    """(.., n) complex as (.., 2n) real: Re(v w) is as_real(v) times as_real(w conj)."""
-    return torch.view_as_real(z.resolve_conj()).flatten(-2)
+    """The same by FFT, in double precision: each state convolves v with the powers of a.
+    l zeros keep the FFT, which convolves on a circle, from wrapping around."""
+    l = v.shape[-2]
+    k = torch.arange(l + 1, dtype=torch.float64, device=a.device)[:, None]
+    a_k = torch.exp(k * torch.where(a.abs() < 1e-300, 1e-300, a).log())     # (l + 1, n)
+    product = torch.fft.fft(v.to(a.dtype), 2 * l, -2) * torch.fft.fft(a_k[:l], 2 * l, -2)
+    states = torch.fft.ifft(product, dim=-2)[..., :l, :]
+    return (states + a_k[1:] * x[..., None, :]).to(v.dtype)
 
 
 def full_precision(u):
@@ -277,18 +313,21 @@ def check(ok, message):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    l, layer = 1000, S5(d_model=4)
+    l, layer = 1024, S5(d_model=4)
     u = torch.randn(2, 4, l)
-    y, _ = layer(u)
-    stepped, _ = layer(u, method="step")
-    convolved, _ = layer(u, method="conv")
-    first, state = layer(u[..., :300], layer.initial_state(2))
-    second, state = layer(u[..., 300:], state)
+    y, state = layer(u, layer.initial_state(2))
+    A_bar, B_bar, _ = layer.discretize()
+    steps = [(A_bar, u_k.to(A_bar.dtype) @ B_bar.mT) for u_k in u.unbind(-1)]
+    while len(steps) > 1:                               # combine by twos: a tree
+        steps = [combine(*pair) for pair in zip(steps[::2], steps[1::2])]
+    first, x = layer(u[..., :300], layer.initial_state(2))
+    second, _ = layer(u[..., 300:], x)
     smooth = torch.linspace(0, 6, l).sin().expand(2, 4, l)
     full, _ = layer(smooth)
     half, _ = layer(smooth[..., 1::2], rate=2.0)
-    for what, a, b in (("scan, recurrence", y, stepped),
-                       ("scan, convolution", y, convolved),
+    for what, a, b in (("scan, recurrence", y, layer(u, method="step")[0]),
+                       ("scan, convolution", y, layer(u, method="conv")[0]),
+                       ("last state, tree of steps", state, steps[0][1]),
                        ("whole, two pieces", y, torch.cat([first, second], -1)),
                        ("rate 1, every second at rate 2: about", full[..., 1::2], half)):
         print(f"{what:<36} differ by {(a - b).abs().max() / b.abs().max():.1e}")

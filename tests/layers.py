@@ -91,8 +91,9 @@ def gss_case(name, **options):
 def s5_case(name, **options):
     known = ("disc", "conj_sym", "clip_eigs", "bidirectional", "step_rescale")
     simulate = partial(oracle.s5, **chosen(options, *known))
-    return Case(name, "s5.S5", simulate, options, ALL, has_kernel=False,
-                has_state="bidirectional" not in options)
+    two_ways = "bidirectional" in options
+    return Case(name, "s5.S5", simulate, options, ("scan", "conv") if two_ways else ALL,
+                has_kernel=False, has_state=not two_ways)
 
 
 def lru_case(name, **options):

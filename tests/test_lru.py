@@ -2,12 +2,15 @@
 step size; and how accurate its scan, which is also that of s5.py, stays at length."""
 
 import copy
+import functools
 import math
 
 import numpy as np
 import pytest
 import torch
 
+import lru as lru_file
+import s5 as s5_file
 from layers import DOUBLE, error, golden, in_pieces, random_state, signal
 from lru import LRU
 from s5 import S5
@@ -106,3 +109,22 @@ def test_accuracy_at_length(kind, constant):
     assert error(found, expected) <= 5e-6
     sizes = [1, 2 ** 16 - 2, 1000, 2 ** 16 - 999]
     assert error(in_pieces(layer, u, zero, sizes), found) <= 1e-5
+
+
+@pytest.mark.parametrize("module", [lru_file, s5_file])
+def test_scan_in_any_order_and_in_blocks_of_any_length(module):
+    """(3) is associative: the steps combined from the left, from the right and in blocks."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.polar(torch.rand(4, generator=generator, **DOUBLE), torch.arange(4.0).double())
+    v = torch.randn(2, 37, 4, dtype=a.dtype, generator=generator)
+    x = torch.randn(2, 4, dtype=a.dtype, generator=generator)
+    states = module.loop_scan(a, v, x)
+    for T in (2, 3, 8, 36, 37, 100):
+        assert error(module.linear_scan(a, v, x, T), states) <= 1e-12, T
+    steps = [(a, v_k) for v_k in v.unbind(1)]
+    left = functools.reduce(module.combine, steps)
+    right = functools.reduce(lambda late, early: module.combine(early, late), steps[::-1])
+    for decay, end in (left, right):
+        assert error(decay * x + end, states[:, -1]) <= 1e-12
+    with pytest.raises(ValueError, match="^T=1: pass a block length"):
+        module.linear_scan(a, v, x, 1)
