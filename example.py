@@ -1,7 +1,7 @@
 """Train a network of state space layers on images that it reads pixel by pixel.
 
     python example.py --data builtin                        # some minutes, no download
-    python example.py --model s4d                           # CIFAR-10: a day or two on a CPU
+    python example.py --model s4d                           # CIFAR-10: days on a CPU
     python example.py --model s4d --resume                  # after Ctrl-C or a crash
     python example.py --model s4d --eval runs/s4d/best.pt   # in every mode
     python example.py --model all                           # one after the other, compared
@@ -10,15 +10,12 @@
 Sequential CIFAR-10: the network reads an image as 1024 pixels, row by row, and names its
 class at the end; the images are not augmented. The data is downloaded once (170 MB); if
 that fails, images made here replace it. After ten steps a line says what the run will cost.
-
 Each epoch leaves in runs/<model>/ last.pt, which holds all it takes to go on bit for bit,
 best.pt (by validation accuracy), metrics.csv and curves.png; the test, result.json.
-The order of this file: models, network, recipe, evaluation, data, command line, files.
 """
 
 import argparse
 import contextlib
-import csv
 import ctypes
 import functools
 import importlib
@@ -39,32 +36,28 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
-try:
-    import fcntl
-except ImportError:         # Windows: two runs in one folder are not told apart there
-    fcntl = None
-
-# The class of a layer, its options, and defaults of flags, for about 200,000 parameters.
-# cost: the time for an epoch, s4d being 1. Activation "none": the layer mixes the features.
+# The class, its options, defaults of flags, for about 200,000 parameters; cost: an epoch's
+# time, s4d's being 1. Activation "none" is for layers that mix the features themselves.
 MODELS = {
-    "s4": {"layer": "s4.S4", "flags": {"d_state": 32}, "cost": 1.3},
-    "s4d": {"layer": "s4d.S4D", "cost": 1},
+    "s4": {"layer": "s4.S4", "cost": 1.3, "flags": {"d_state": 32}},
+    "s4d": {"layer": "s4d.S4D", "cost": 1.0},
     "lssl": {"layer": "lssl.LSSL", "cost": 1.3},
     "dss": {"layer": "dss.DSS", "cost": 1.1},
-    "gss": {"layer": "gss.GSS", "options": {"expand": 1}, "flags": {"activation": "none"},
-            "cost": 1.1},
+    "gss": {"layer": "gss.GSS", "cost": 1.1, "flags": {"activation": "none"},
+            "options": {"expand": 1, "measure": "diag-lin", "dt_min": 1e-3, "dt_max": 0.1,
+                        "train_dt": True}},             # the start of S4D
     "s5": {"layer": "s5.S5", "cost": 0.9},
-    "lru": {"layer": "lru.LRU", "flags": {"d_state": 32}, "cost": 0.9,
+    "lru": {"layer": "lru.LRU", "cost": 0.9, "flags": {"d_state": 32},
             "options": {"r_min": 0.99, "r_max": 0.9999, "max_phase": 0.314}},
-    "selective_scan": {"layer": "selective_scan.SelectiveSSM", "options": {"lr": 1e-3},
-                       "flags": {"d_state": 16}, "cost": 4.6},
-    "mamba": {"layer": "selective_scan.Mamba", "options": {"lr": 1e-3}, "cost": 5.2,
+    "selective_scan": {"layer": "selective_scan.SelectiveSSM", "cost": 4.6,
+                       "options": {"lr": 1e-3}, "flags": {"d_state": 16}},
+    "mamba": {"layer": "selective_scan.Mamba", "cost": 5.2, "options": {"lr": 1e-3},
               "flags": {"d_state": 16, "n_layers": 2, "activation": "none"}},
 }
 ACTIVATIONS = ["glu", "half_glu1", "half_glu2", "gelu", "none"]
 
 
-# ---- the network: copy these two classes and check(), they need torch alone ----
+# ---- the network: these two classes and check() need torch alone, copy them ----
 class SequenceLayer(nn.Module):
     """Residual block norm(x + f(x)), or x + f(norm(x)) with prenorm; f = dropout(mix(ssm)).
 
@@ -80,7 +73,6 @@ class SequenceLayer(nn.Module):
         check(norm in ("layer", "batch"), f"{norm=}: choose layer or batch")
         check(activation in ACTIVATIONS, f"{activation=}: choose from {ACTIVATIONS}")
         self.ssm = ssm
-        self.d_model = d_model
         self.prenorm = prenorm
         self.activation = activation
         self.norm = nn.LayerNorm(d_model) if norm == "layer" else nn.BatchNorm1d(d_model)
@@ -88,57 +80,49 @@ class SequenceLayer(nn.Module):
         if activation == "glu":
             self.out = nn.Conv1d(d_model, 2 * d_model, 1)
             self.gate = nn.GLU(dim=1)
-        elif activation in ("half_glu1", "half_glu2"):
+        elif "half" in activation:
             self.out = nn.Conv1d(d_model, d_model, 1)
+            self.gate = nn.Sigmoid()
 
     def normalize(self, x):
-        """Over the h features of each step; x (b, h, l)."""
-        if isinstance(self.norm, nn.LayerNorm):
-            return self.norm(x.mT).mT.contiguous()
-        return self.norm(x)
+        """The norm at each step of x (b, h, l)."""
+        return self.norm(x.mT).mT if isinstance(self.norm, nn.LayerNorm) else self.norm(x)
 
     def mix(self, y):
-        """Activation and mixing of the features of each step, (b, h, l) -> (b, h, l)."""
+        """Activation and mixing of the features at each step, (b, h, l) -> (b, h, l)."""
         if self.activation == "none":
             return y
         g = F.gelu(y)
         if self.activation == "gelu":
             return g
         g = self.dropout(g)
-        z = self.out(g)                                     # (b, h, l), glu: (b, 2h, l)
+        z = self.gate(self.out(g))
         if self.activation == "glu":
-            return self.gate(z)
-        if self.activation == "half_glu1":
-            return g * z.sigmoid()
-        return y * z.sigmoid()
+            return z
+        return z * (g if self.activation == "half_glu1" else y)
 
     def forward(self, x, state=None, *, rate=1.0):
         """x (b, h, l), state or None -> (b, h, l), next state or None."""
-        check(x.dim() == 3 and x.shape[1] == self.d_model,
-              f"x is {tuple(x.shape)}: pass (b, {self.d_model}, l)")
         u = self.normalize(x) if self.prenorm else x
         y, state = self.ssm(u, state, rate=rate)
         x = x + self.dropout(self.mix(y))
         return (x if self.prenorm else self.normalize(x)), state
 
     def step(self, x, state, *, rate=1.0, discrete=None):
-        """One step: x (b, h), state -> (b, h), next state. discrete: of ssm.discretize."""
-        check(x.dim() == 2 and x.shape[1] == self.d_model,
-              f"x is {tuple(x.shape)}: pass (b, {self.d_model})")
+        """One step: x (b, h), state -> (b, h), next state."""
         u = self.norm(x) if self.prenorm else x
         y, state = self.ssm.step(u, state, rate=rate, discrete=discrete)
-        x = x + self.dropout(self.mix(y[..., None]))[..., 0]        # a sequence of one step
+        x = x + self.dropout(self.mix(y[..., None]))[..., 0]        # of length 1
         return (x if self.prenorm else self.norm(x)), state
 
 
 class StackedSSM(nn.Module):
     """Encoder, blocks and head, with the interface of the layers.
 
-    ssm: function d_model -> state space layer, or a list of them, one for each block
+    ssm: function d_model -> state space layer, or a list of functions, one for each block
     d_input, d_output: features of a step: a number, or several as (height, width, channels)
         for video, whose frames are flattened into features
     pool: True: classify by the mean of all steps so far; False: an output for every step
-    options: those of SequenceLayer
     A state is (states of the layers, sum of the steps (b, h), their number). To generate
     n steps from an initial value, pass that value followed by n - 1 zeros, with pool=False.
     """
@@ -149,9 +133,9 @@ class StackedSSM(nn.Module):
         self.d_output = torch.Size([d_output] if isinstance(d_output, int) else d_output)
         check(min(*self.d_input, *self.d_output, d_model, n_layers) > 0,
               f"{d_input=}, {d_output=}, {d_model=}, {n_layers=}: pass positive numbers")
-        functions = ssm if isinstance(ssm, list) else [ssm] * n_layers
+        functions = ssm if isinstance(ssm, list) else n_layers * [ssm]
         check(len(functions) == n_layers,
-              f"ssm has {len(functions)} functions, {n_layers=}: pass one for each block")
+              f"ssm is a list of {len(functions)}, {n_layers=}: pass one for each block")
         self.d_model = d_model
         self.pool = pool
         self.register_buffer("mean", torch.zeros(self.d_input))
@@ -169,15 +153,12 @@ class StackedSSM(nn.Module):
         return [layer.ssm.discretize(rate) for layer in self.layers]
 
     def forward(self, x, state=None, *, rate=1.0):
-        """x (b, l, *d_input), state or None -> (b, *d_output) or, without pool,
-        (b, l, *d_output), and the next state or None."""
+        """x (b, l, *d_input) -> (b, *d_output) or, without pool, (b, l, *d_output)."""
         check(x.dim() > 1 and x.shape[2:] == self.d_input and x.shape[1] > 0,
               f"x is {tuple(x.shape)}: pass (b, l, *{tuple(self.d_input)})")
-        if state is not None:
-            self.check_state(state)
-        states, total, count = state or ([None] * len(self.layers), 0, 0)
-        x = self.encoder(((x - self.mean) / self.std).flatten(2))           # (b, l, h)
-        x = x.mT.contiguous()                                               # (b, h, l)
+        states, total, count = state or (len(self.layers) * [None], 0, 0)
+        self.check_states(states)
+        x = self.encoder(((x - self.mean) / self.std).flatten(2)).mT        # (b, h, l)
         after = []
         for layer, before in zip(self.layers, states):
             x, now = layer(x, before, rate=rate)
@@ -188,14 +169,13 @@ class StackedSSM(nn.Module):
         return y, (None if state is None else (after, total, count))
 
     def step(self, x, state, *, rate=1.0, discrete=None):
-        """One step: x (b, *d_input), state -> (b, *d_output), next state.
-        discrete: what discretize(rate) returned, for many steps."""
+        """One step: x (b, *d_input), state -> (b, *d_output), next state."""
         check(x.dim() > 0 and x.shape[1:] == self.d_input,
               f"x is {tuple(x.shape)}: pass (b, *{tuple(self.d_input)})")
-        self.check_state(state)
-        states, total, count = state
-        discrete = discrete or [None] * len(self.layers)
+        states, total, count = state or ([], 0, 0)
+        self.check_states(states)
         x = self.encoder(((x - self.mean) / self.std).flatten(1))           # (b, h)
+        discrete = discrete or len(self.layers) * [None]
         after = []
         for layer, before, matrices in zip(self.layers, states, discrete, strict=True):
             x, now = layer.step(x, before, rate=rate, discrete=matrices)
@@ -205,9 +185,9 @@ class StackedSSM(nn.Module):
         y = self.head(total / count if self.pool else x).unflatten(-1, self.d_output)
         return y, (after, total, count)
 
-    def check_state(self, state):
-        check(state is not None and len(state[0]) == len(self.layers),
-              "state: pass one of initial_state(), with one state for each layer")
+    def check_states(self, states):
+        check(len(states) == len(self.layers), f"state: of {len(states)} layers, not "
+              f"{len(self.layers)}; pass one of the shape of initial_state()")
 
 
 def check(ok, message):
@@ -230,10 +210,8 @@ def build_network(args):
 
 
 def load_network(path):
-    """The network of a checkpoint, ready for use:
-        net = load_network("runs/s4d/best.pt")
-        scores, _ = net(images)         # images (b, 1024, 3) of 0 to 255 -> (b, 10)
-    """
+    """The network of a checkpoint, for use in Python:
+    scores, _ = load_network("runs/s4d/best.pt")(images)    # (b, 1024, 3), 0 to 255"""
     saved = load(Path(path))
     net = build_network(Namespace(**saved["args"]))
     net.load_state_dict(saved["model"])
@@ -244,48 +222,40 @@ def load_network(path):
 def param_groups(model, lr, weight_decay):
     """Groups for AdamW. What a layer lists in ssm_lr (A, B, dt) gets the rate given there,
     at most lr, and no weight decay. Differs from the official example: vectors (biases,
-    norms, D) and parameters marked _no_weight_decay do not decay either."""
+    norms, D) and what a layer marks with _no_weight_decay do not decay either."""
     ssm_lr = {}
     for module in model.modules():
         for name, rate in getattr(module, "ssm_lr", {}).items():
             ssm_lr[module.get_parameter(name)] = min(rate, lr)
     groups = {}
     for name, parameter in model.named_parameters():
-        rate = ssm_lr.get(parameter, lr)
         vector = parameter.ndim == 1 or name.split(".")[-1] == "D"      # (m, h) in s4, lssl
-        spared = vector or getattr(parameter, "_no_weight_decay", False)
-        decay = 0.0 if spared or parameter in ssm_lr else weight_decay
+        marked = getattr(parameter, "_no_weight_decay", False)
+        decay = 0.0 if vector or marked or parameter in ssm_lr else weight_decay
         if parameter.requires_grad:
+            rate = ssm_lr.get(parameter, lr)
             groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": parameters, "lr": rate, "initial_lr": rate, "weight_decay": decay}
             for (rate, decay), parameters in groups.items()]
 
 
-def set_learning_rates(optimizer, progress):
-    """A cosine: the full rates where training begins, at progress 0, and 0 at 1."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * (1 + math.cos(math.pi * progress)) / 2
-
-
-class Diverged(Exception):
-    """The loss is no longer a number."""
-
-
-def train(args, net, optimizer, history, images, labels, after, folder):
-    """Train from the epoch after the history, which is returned with an entry for each
-    epoch. after: what the test costs, in images trained on, for the time left."""
+def train(args, net, optimizer, history, images, labels, n_test):
+    """Train after the epochs in history, which gets a row for each epoch."""
     indices = torch.arange(len(images), device=images.device)
     validation = indices[::10]
     training = indices[indices % 10 > 0]
     sample = images[training[:5000]].float()
     net.mean.copy_(sample.mean((0, 1)))
-    net.std.copy_(sample.std((0, 1)).clamp(min=1))          # constant images stay finite
+    net.std.copy_(sample.std((0, 1)).clamp(min=1))          # not 0 for constant images
     model = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.monotonic()
+        for group in optimizer.param_groups:                # a cosine, one step an epoch
+            cosine = (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2
+            group["lr"] = group["initial_lr"] * cosine
+        results = train_epoch(args, epoch, model, optimizer, images, labels, training,
+                              n_test)
         row = {"epoch": epoch}
-        set_learning_rates(optimizer, (epoch - 1) / args.epochs)    # one rate an epoch
-        results = train_epoch(args, epoch, model, optimizer, images, labels, training, after)
         row["train_loss"], row["train_accuracy"] = results.mean(1).tolist()
         row["seconds"] = round(time.monotonic() - start, 2)
         scores = evaluate(args, net, images[validation], "validation")
@@ -294,19 +264,18 @@ def train(args, net, optimizer, history, images, labels, after, folder):
         row["val_accuracy"] = right.float().mean().item()
         if not math.isfinite(row["train_loss"] + row["val_loss"]):
             step = results[0].isfinite().sum()
-            raise Diverged(
-                f"{args.model} diverged: the loss of epoch {epoch} is not finite after step "
-                f"{step}. Start again with --lr below {args.lr:g} or --weight-decay below "
+            raise FloatingPointError(
+                f"{args.model}: the loss of epoch {epoch} is not finite after step {step}. "
+                f"Start again with --lr below {args.lr:g} or --weight-decay below "
                 f"{args.weight_decay:g}. What is saved is kept.")
         history.append(row)
         if RANK == 0:
-            save(args, net, optimizer, history, folder)
+            save(args, net, optimizer, history)
         print("epoch {epoch}: loss {train_loss:.4g}, {train_accuracy:.2%}; validation "
               "{val_loss:.4g}, {val_accuracy:.2%}; {seconds} s".format(**row), flush=True)
-    return history
 
 
-def train_epoch(args, epoch, model, optimizer, images, labels, indices, after=0):
+def train_epoch(args, epoch, model, optimizer, images, labels, indices, n_test):
     """Train on the images indices. Returns loss and accuracy of each step: (2, steps)."""
     seed = args.seed * 10**6 + epoch                    # a resumed run draws the same
     torch.manual_seed(seed)                             # one order for all processes
@@ -316,7 +285,8 @@ def train_epoch(args, epoch, model, optimizer, images, labels, indices, after=0)
     batches = order.view(steps, WORLD, share)[:, RANK]      # (steps, share)
     torch.manual_seed(seed * WORLD + RANK)              # dropout of its own in each
     results = torch.zeros(2, steps, device=images.device)
-    rest = (work(args.epochs - epoch, len(images)) + after) / args.batch_size
+    test = (n_test + args.eval_limit) / (share * WORLD)     # about this many steps
+    rest = 1.04 * steps * (args.epochs - epoch) + test  # 0.04 for the validation
     start = time.monotonic()
     model.train()
     for i, batch in enumerate(track(batches, f"epoch {epoch}/{args.epochs}, step", rest)):
@@ -328,31 +298,28 @@ def train_epoch(args, epoch, model, optimizer, images, labels, indices, after=0)
         optimizer.step()
         results[0, i] = loss.detach()
         results[1, i] = (scores.argmax(1) == labels[batch]).float().mean()
-        if i == 9 and epoch == 1:
-            seconds = (time.monotonic() - start) / (10 * share * WORLD)
-            print(cost(args, seconds, len(images), after), flush=True)
+        if epoch == 1 and i == 9:
+            seconds = (time.monotonic() - start) / 10
+            print(cost(args, seconds, steps, rest), flush=True)
     if WORLD > 1:
         torch.distributed.all_reduce(results)
     return results / WORLD
 
 
-def work(epochs, n):
-    """The cost of epochs of n images, in images trained on: nine in ten are, and the tenth
-    is for validation, where an image costs a third."""
-    return epochs * n * (0.9 + 0.1 / 3)
-
-
-def cost(args, seconds, n, after):
-    """A line about what the run will take, at so many seconds for an image trained on."""
-    def about(images):
-        minutes = images * seconds / 60
-        return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.0f} h"
-
-    line = (f"{args.data} on {args.device}: about {about(work(1, n))} an epoch, "
-            f"{about(work(args.epochs, n) + after)} for {args.epochs} epochs")
-    if args.data != "builtin":
-        line += (f"; --data builtin takes about {about(work(4, 2000) + after_training(1000))}"
-                 f", --epochs 10 about {about(work(10, n) + after)}")
+def cost(args, seconds, steps, rest):
+    """What the run takes, at so many seconds for each of the steps of an epoch."""
+    minutes = seconds / 60
+    whole = minutes * (steps + rest)
+    line = (f"{args.data} on {args.device}: about {minutes * steps:.1f} min an epoch, "
+            f"{whole / 60:.1f} h for {args.epochs} epochs")
+    if args.every_model:
+        costs = sum(model["cost"] for model in MODELS.values())
+        whole = whole * costs / MODELS[args.model]["cost"]
+        line += f", {whole / 60:.1f} h for all models"
+    if args.data == "cifar10":
+        builtin = minutes * (4 * 1800 + 1256) / args.batch_size
+        line += (f"; --epochs 10 takes {minutes * (10 * steps) / 60:.1f} h, "
+                 f"--data builtin {builtin:.0f} min")
     return line
 
 
@@ -362,43 +329,22 @@ def evaluate(args, net, images, what, piece=None, rate=1.0):
     net.eval()
     found = []
     with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, args.amp):
+        discrete = net.discretize(rate)
         for batch in track(images.split(64), f"{what}, batch"):
-            found.append(read(net, batch, piece, rate).float())
+            state = net.initial_state(len(batch)) if piece else None
+            if piece == 1:
+                for pixel in batch.unbind(1):
+                    scores, state = net.step(pixel, state, discrete=discrete)
+            else:
+                for pixels in batch.split(piece or batch.shape[1], dim=1):
+                    scores, state = net(pixels, state, rate=rate)
+            found.append(scores.float())
     return torch.cat(found)
 
 
-def read(net, images, piece, rate):
-    """Class scores (b, 10) after the last pixel; piece=1: by the recurrence."""
-    if piece is None:
-        return net(images, rate=rate)[0]
-    state = net.initial_state(len(images))
-    if piece == 1:
-        discrete = net.discretize(rate)
-        for pixel in images.unbind(1):
-            scores, state = net.step(pixel, state, discrete=discrete)
-    else:
-        for pixels in images.split(piece, dim=1):
-            scores, state = net(pixels, state, rate=rate)
-    return scores
-
-
-def milliseconds_per_step(net, image):
-    """The median for one pixel through the whole network, at batch 1."""
-    times = []
-    with torch.no_grad():
-        state = net.initial_state(1)
-        discrete = net.discretize()
-        for pixel in image[:200]:
-            start = time.perf_counter()
-            scores, state = net.step(pixel[None], state, discrete=discrete)
-            scores.sum().item()                             # waits for a GPU
-            times.append(1000 * (time.perf_counter() - start))
-    return float(np.median(times))
-
-
 def compare_modes(args, net, images, labels):
-    """Print and return the accuracy in every mode. Half rate: u_k ends at sample k, so
-    pixels 1, 3, 5 ... are read; rate 2 takes twice the step size, rate 1 is the control."""
+    """Print and return the accuracy in every mode. Half rate reads pixels 1, 3, 5, ..., for
+    an input ends at its sample; rate 2 doubles the step size, rate 1 is the control."""
     modes = [("whole", images, None, 1.0),
              ("in pieces of 300 pixels", images, 300, 1.0),
              ("pixel by pixel", images[:args.eval_limit], 1, 1.0),
@@ -417,10 +363,14 @@ def compare_modes(args, net, images, labels):
     return results
 
 
-def after_training(n_test):
-    """The cost of compare_modes, in images trained on: it reads the test images three
-    times, at a third each, and 256 pixel by pixel, at about the whole."""
-    return n_test + 256
+def milliseconds_per_step(args, net, images):
+    """A pixel through the whole network, at batch 1: the median of five images."""
+    times = []
+    for image in images[:5].split(1):
+        start = time.perf_counter()
+        evaluate(args, net, image, "one image at a time", 1)
+        times.append(1000 * (time.perf_counter() - start) / image.shape[1])
+    return float(np.median(times))
 
 
 def compare_models(out):
@@ -441,42 +391,38 @@ FOLDER = "cifar-10-batches-bin"
 FILES = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
 
 
-@functools.cache                                        # a failed download is tried once
-def find_cifar(data_dir):
-    """The folder of CIFAR-10, downloaded if need be, or None if that fails."""
-    folder = data_dir / FOLDER
+@functools.cache                                        # what fails is not tried again
+def download(data_dir):
+    """Put the files of CIFAR-10 into data_dir / FOLDER, the last one at the end."""
     archive = data_dir / "cifar-10.tar.gz"
-    if (folder / FILES[-1]).exists():                   # written last: all are there
-        return folder
     socket.setdefaulttimeout(20)
     for attempt in (1, 2, 3):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            (data_dir / FOLDER).mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL, archive, hash_prefix=SHA256)
             with tarfile.open(archive) as tar:
                 for name in FILES:
-                    write(folder / name, tar.extractfile(f"{FOLDER}/{name}").read())
-            archive.unlink(missing_ok=True)             # another process may have been here
-            return folder
+                    content = tar.extractfile(f"{FOLDER}/{name}").read()
+                    write(data_dir / FOLDER / name, content)
+            return archive.unlink(missing_ok=True)      # another process may have been here
         except Exception as error:                      # no network, another checksum, ...
             print(f"download failed, attempt {attempt} of 3: {error}", flush=True)
-    return None
 
 
 def find_data(args):
     """The folder of CIFAR-10, or None for the built-in images."""
+    folder = args.data_dir / FOLDER
     if args.data == "builtin":
         return None
-    found = [None]
-    if RANK == 0:
-        found = [find_cifar(args.data_dir)]
-        if found == [None] and args.data == "cifar10":
-            sys.exit(f"no CIFAR-10 in {args.data_dir}, and the download failed")
+    if RANK == 0 and not (folder / FILES[-1]).exists():
+        download(args.data_dir)
     if WORLD > 1:
-        torch.distributed.broadcast_object_list(found)      # the others wait here
-    if found == [None]:
-        print("No CIFAR-10: training on the built-in images", flush=True)
-    return found[0]
+        torch.distributed.barrier()                     # the others wait for process 0
+    if (folder / FILES[-1]).exists():
+        return folder
+    if args.data == "cifar10":
+        sys.exit(f"no CIFAR-10 in {args.data_dir}, and the download failed")
+    print("No CIFAR-10: training on the built-in images", flush=True)
 
 
 def load_data(args, folder):
@@ -534,29 +480,26 @@ def builtin_images(n, seed):
 RANK = int(os.environ.get("RANK", 0))               # of this process, set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))        # number of processes
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DEFAULTS = {
+DEFAULTS = {                                        # None: as the data wants it
     "model": "s4d", "d_model": 128, "d_state": 64, "n_layers": 4, "norm": "layer",
     "prenorm": False, "activation": "glu", "dropout": 0.1, "grayscale": False,
-    "data": "auto", "data_dir": Path("data"), "limit": None, "lr": 0.01,
-    "weight_decay": 0.01, "amp": False, "seed": 0, "device": DEVICE, "out": Path("runs"),
-    "eval_limit": 256, "resume": False, "eval": None}
-OF_DATA = {"cifar10": {"epochs": 100, "batch_size": 64},
-           "builtin": {"epochs": 4, "batch_size": 16}}
-NOT_STORED = ["data_dir", "out", "eval_limit", "device", "resume", "eval"]      # in last.pt
+    "data": "auto", "limit": None, "epochs": None, "batch_size": None, "lr": 0.01,
+    "weight_decay": 0.01, "amp": False, "seed": 0}
+NOT_STORED = {"data_dir": Path("data"), "device": DEVICE, "out": Path("runs"),
+              "eval_limit": 256, "every_model": False, "resume": False, "eval": None}
 
 
 def number(kind, low, high=10**6):
     """A type for argparse that says its limits."""
     def number(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(
-                f"{text}: pass a number from {low} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text}: pass a number from {low} to {high:g}")
         return kind(text)
     return number
 
 
-def build_parser():
-    """Only what is given on the command line is in the result: no defaults."""
+def parse(argv):
+    """What is given on the command line: a dict without defaults."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS)
@@ -567,54 +510,62 @@ def build_parser():
     add("--n-layers", type=number(int, 1), help="blocks, default 4, mamba 2")
     add("--norm", choices=["layer", "batch"], help="default layer")
     add("--prenorm", action="store_true", help="normalize before the layer, not after")
-    add("--activation", choices=ACTIVATIONS, help="default glu; gss and mamba none")
+    add("--activation", choices=ACTIVATIONS, help="default glu, some models none")
     add("--dropout", type=number(float, 0, 1), help="probability, default 0.1")
     add("--grayscale", action="store_true", help="one channel, not three")
-    add("--data", choices=["auto", "cifar10", "builtin"], help="see above")
+    add("--data", choices=["auto", "cifar10", "builtin"], help="default auto: see above")
     add("--data-dir", type=Path, help="of CIFAR-10, default data")
     add("--limit", type=number(int, 10 * WORLD), help="images to use, default all")
     add("--epochs", type=number(int, 1), help="default 100, for built-in images 4")
-    add("--batch-size", type=number(int, WORLD), help="default 64, built-in images 16")
+    add("--batch-size", type=number(int, WORLD), help="default 64, for built-in images 16")
     add("--lr", type=number(float, 0, 1e9), help="learning rate, default 0.01")
     add("--weight-decay", type=number(float, 0, 1e9), help="default 0.01")
     add("--amp", action="store_true", help="bfloat16 for the linear maps")
     add("--seed", type=number(int, 0, 10**9), help="default 0")
     add("--device", choices=["cpu", "cuda"], help="default cuda, if any")
     add("--out", type=Path, help="folder of the runs, default runs")
-    add("--eval-limit", type=number(int, 1), help="images to read pixel by pixel: 256")
+    add("--eval-limit", type=number(int, 1), help="images read pixel by pixel, default 256")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on after the last whole epoch")
     add("--eval", type=Path, metavar="FILE", help="a checkpoint to evaluate in every mode")
-    return parser
+    return vars(parser.parse_args(argv))
 
 
 def settle(given):
-    """The flags (given, else of the checkpoint, else of MODELS, else DEFAULTS), and the
-    checkpoint or None. given: a dict of what stands on the command line."""
+    """The flags, those given before those of the checkpoint, of MODELS and of DEFAULTS; and
+    the checkpoint or None."""
     given = {name: value for name, value in given.items() if value != "auto"}
-    flags = DEFAULTS | given
+    flags = DEFAULTS | NOT_STORED | given
     path = flags["eval"] or flags["out"] / flags["model"] / "last.pt"
-    saved = None
-    stored = {}
-    if flags["eval"] or path.exists():
-        check(flags["eval"] or flags["resume"],
-              f"{path} is of an earlier run: go on with --resume, or take another --out")
-        saved = load(path)
-        stored = saved["args"]
-        compare_flags(given, stored, path)
-    of_model = MODELS[stored.get("model", flags["model"])].get("flags", {})
-    return Namespace(**DEFAULTS | of_model | stored | given), saved
+    if not flags["eval"] and not path.exists():
+        if flags["resume"]:
+            print(f"--resume: no {path}, so it starts from the beginning", flush=True)
+        of_model = MODELS[flags["model"]].get("flags", {})
+        return Namespace(**flags | of_model | given), None
+    check(flags["eval"] or flags["resume"],
+          f"{path} is of an earlier run: go on with --resume, or take another --out")
+    saved = load(path)
+    compare_flags(given, saved["args"], path)
+    if flags["resume"]:
+        load(path.with_name("best.pt"))                 # which the test will need
+    return Namespace(**NOT_STORED | saved["args"] | given), saved
 
 
 def compare_flags(given, stored, path):
-    """Whether the given flags go with those of the checkpoint."""
-    for name, before in stored.items():
-        now = given.get(name, before)
-        if now == before or ("eval" in given and name in ("data", "limit")):
-            continue
-        longer = name == "epochs" and "resume" in given and now > before
+    """Refuse flags that do not go with the checkpoint, and say what changes by others."""
+    for name in sorted(given.keys() & stored.keys()):
+        now = given[name]
+        before = stored[name]
         flag = "--" + name.replace("_", "-")
-        check(longer, f"{flag} is {now} here, but {before} in {path}. Another --out?")
+        if "resume" in given and name == "epochs" and now > before:
+            print(f"--epochs was {before}: the cosine is laid anew over {now}", flush=True)
+        elif not ("eval" in given and name in ("data", "limit")):       # other test images
+            check(now == before, f"{flag} is {now} here, but {before} in {path}. "
+                  "Another --out?")
+    before = stored.get("processes", WORLD)
+    if "resume" in given and before != WORLD:
+        print(f"{WORLD} processes, before {before}: from here on, batches and dropout are "
+              "not those of a run without interruption", flush=True)
 
 
 def prepare(given):
@@ -623,58 +574,55 @@ def prepare(given):
         args, saved = settle(given)
         net = build_network(args).to(args.device)
         optimizer = torch.optim.AdamW(param_groups(net, args.lr, args.weight_decay))
-        history = []
-        if saved:
-            net.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            history = saved["history"]
+        if saved is None:
+            return args, net, optimizer, []
+        net.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return args, net, optimizer, saved["history"]
     except (ImportError, KeyError, ValueError, RuntimeError) as error:
-        name = given.get("model", DEFAULTS["model"])
-        sys.exit(f"--model {name} cannot be built: {str(error).splitlines()[0]}")
-    return args, net, optimizer, history
+        sys.exit(f"--model {given.get('model', 's4d')}: {str(error).splitlines()[0]}")
 
 
-def run(given):
-    """Train and test one model."""
-    flags = DEFAULTS | given
-    folder = flags["out"] / flags["model"]
-    args, net, optimizer, history = prepare(given)
+def run(args, net, optimizer, history):
+    """Train and test one model, or only test it."""
+    folder = args.out / args.model
     result = folder / "result.json"
-    if args.resume and history and len(history) == args.epochs and result.exists():
+    if args.resume and len(history) == args.epochs and result.exists():
         print(f"already finished, {args.epochs} epochs: {result.read_text()}")
         return
     size = sum(parameter.numel() for parameter in net.parameters())
     print(f"{args.model}: {size:,} parameters on {args.device}", flush=True)
     for group in optimizer.param_groups:
         n = sum(parameter.numel() for parameter in group["params"])
-        print("{:>9,} at the rate {initial_lr:g}, decay {weight_decay:g}".format(n, **group))
-    data = find_data(args)
-    args.data = "cifar10" if data else "builtin"
-    args = Namespace(**OF_DATA[args.data] | vars(args))
-    images, labels, test_images, test_labels = load_data(args, data)
+        print(f"{n:>9,} at the rate {group['initial_lr']:g}, "
+              f"weight decay {group['weight_decay']:g}")
+    cifar = find_data(args)
+    args.data = "cifar10" if cifar else "builtin"
+    args.epochs = args.epochs or (100 if cifar else 4)
+    args.batch_size = args.batch_size or (64 if cifar else 16)
+    images, labels, test_images, test_labels = load_data(args, cifar)
     print(f"{args.data}: {len(images)} images, {len(test_images)} for the test", flush=True)
-    if args.eval:
-        compare_modes(args, net, test_images, test_labels)
-        return
-    write(result, b"")                              # now, if the folder cannot be written
-    result.unlink(missing_ok=True)
-    after = after_training(len(test_images))
-    history = train(args, net, optimizer, history, images, labels, after, folder)
-    if RANK == 0:
+    if not args.eval:
+        result.unlink(missing_ok=True)
+        train(args, net, optimizer, history, images, labels, len(test_images))
         net.load_state_dict(load(folder / "best.pt")["model"])
-        modes = compare_modes(args, net, test_images, test_labels)
-        content = {"parameters": size, "modes": modes,
-                   "seconds per epoch": float(np.median([r["seconds"] for r in history])),
-                   "ms per step": milliseconds_per_step(net, test_images[0])}
-        print("{seconds per epoch:.1f} s per epoch; {ms per step:.2f} ms for a pixel through "
-              "the network, at batch 1 (medians)".format(**content), flush=True)
-        write(result, json.dumps(content, indent=1).encode())
+    if RANK == 0:
+        results = {"parameters": size}
+        results["modes"] = compare_modes(args, net, test_images, test_labels)
+        results["seconds per epoch"] = float(np.median([row["seconds"] for row in history]))
+        results["ms per step"] = milliseconds_per_step(args, net, test_images)
+        print("medians: {seconds per epoch:.1f} s per epoch; a pixel through the network, at "
+              "batch 1: {ms per step:.2f} ms".format(**results), flush=True)
+        if not args.eval:
+            write(result, json.dumps(results, indent=1).encode())
 
 
 def main(argv):
-    given = vars(build_parser().parse_args(argv))
-    device = given.get("device", DEVICE)
-    if device == "cuda":
+    given = parse(argv)
+    plans = [given]
+    if given.get("model") == "all":
+        plans = [given | {"model": name, "every_model": True} for name in MODELS]
+    if given.get("device", DEVICE) == "cuda":
         if not torch.cuda.is_available():
             sys.exit("--device cuda: there is no GPU, try --device cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -683,24 +631,22 @@ def main(argv):
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     keep_freed_memory()
-    plans = [given]
-    if given.get("model") == "all":
-        plans = [given | {"model": name} for name in MODELS]
     failures = []
-    try:
-        for plan in plans:
-            prepare(plan)                           # all of them, before the first starts
-        for plan in plans:
+    with contextlib.ExitStack() as locks:
+        if "eval" not in given:
+            for plan in plans:
+                locks.enter_context(locked(plan))
+        jobs = [prepare(plan) for plan in plans]        # all, before the first one starts
+        for job in jobs:
             try:
-                run(plan)
-            except Diverged as error:
+                run(*job)
+            except FloatingPointError as error:         # the other models go on
                 failures.append(str(error))
                 print(error, flush=True)
-    except KeyboardInterrupt:
-        sys.exit("\nStopped. With --resume, training goes on after the last whole epoch,\n"
-                 "or starts from the beginning if there is none.")
+            except KeyboardInterrupt:
+                sys.exit("\nStopped. --resume goes on after the last whole epoch, if any.")
     if len(plans) > 1 and RANK == 0:
-        compare_models(given.get("out", DEFAULTS["out"]))
+        compare_models(given.get("out", NOT_STORED["out"]))
     if WORLD > 1:
         torch.distributed.destroy_process_group()
     if failures:
@@ -708,24 +654,42 @@ def main(argv):
 
 
 # ---- files and progress ----
-def save(args, net, optimizer, history, folder):
+def locked(given):
+    """An open file in the folder of the run, locked: no other run can lock it until it is
+    closed, which the system does when a process ends, in whatever way."""
+    flags = DEFAULTS | NOT_STORED | given
+    folder = flags["out"] / flags["model"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / f".lock{RANK}", "w")
+        if os.name == "posix":
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        sys.exit(f"another run is at work in {folder}: wait for it, or take another --out")
+    except OSError as error:
+        sys.exit(f"{folder} could not be written: {error.strerror}")
+
+
+def save(args, net, optimizer, history):
+    """last.pt, best.pt if this epoch is the first with the best accuracy, and the rest."""
+    folder = args.out / args.model
     stored = {name: value for name, value in vars(args).items() if name not in NOT_STORED}
     content = io.BytesIO()
     torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(),
-                "history": history, "args": stored}, content)
-    if history[-1] is max(history, key=lambda row: row["val_accuracy"]):    # the first best
+                "history": history, "args": stored | {"processes": WORLD}}, content)
+    if history[-1] is max(history, key=lambda row: row["val_accuracy"]):
         write(folder / "best.pt", content.getvalue())
     write(folder / "last.pt", content.getvalue())           # after best.pt: none gets lost
-    table = io.StringIO()
-    writer = csv.DictWriter(table, history[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    write(folder / "metrics.csv", table.getvalue().encode())
+    rows = [history[0].keys(), *(row.values() for row in history)]
+    table = "".join(",".join(map(str, row)) + "\n" for row in rows)
+    write(folder / "metrics.csv", table.encode())
     write(folder / "curves.png", draw_curves(history))
 
 
 def draw_curves(history):
-    """A picture of loss and accuracy against the epochs: the bytes of a PNG."""
+    """Loss and accuracy against the epochs: the bytes of a picture."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     epochs = [row["epoch"] for row in history]
     for ax, what in zip(figure.subplots(1, 2), ["loss", "accuracy"]):
@@ -743,7 +707,9 @@ def load(path):
     """What save wrote, or a ValueError."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: saved[key] for key in ("model", "optimizer", "history", "args")}
+        complete = saved.keys() >= {"model", "optimizer", "history"}
+        check(complete and saved["args"].keys() >= DEFAULTS.keys(), "keys are missing")
+        return saved
     except Exception as error:          # of many kinds, for a file that save did not write
         raise ValueError(f"{path} not found, damaged or no checkpoint: "
                          f"{type(error).__name__}") from None
@@ -751,14 +717,12 @@ def load(path):
 
 def write(path, content):
     """Replace a file: there is the old one or the new one, never half of it."""
-    part = path.with_name(f"{path.name}.part{RANK}")
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)
         os.replace(part, path)
     except OSError as error:
-        if part.exists():
-            part.unlink()
+        part.unlink(missing_ok=True)
         sys.exit(f"{path} could not be written: {error.strerror}")
 
 
@@ -766,28 +730,28 @@ def track(items, what, rest=0):
     """Yield the items. Print the time left for them and rest more: on a terminal in place
     every second, otherwise a line after ten seconds and then every minute."""
     in_place = sys.stdout.isatty()
-    pause = 1 if in_place else 60
     end = "\033[K\r" if in_place else "\n"              # clears the rest of the line
     if in_place:
         print(what, end=end, flush=True)
     start = time.monotonic()
-    due = start + min(pause, 10)
+    due = start + (1 if in_place else 10)
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
         if now >= due:
-            due = now + pause
+            due = now + (1 if in_place else 60)
             left = (now - start) / done * (len(items) + rest - done) / 60
             print(f"{what} {done}/{len(items)}, {left:.1f} min left", end=end, flush=True)
 
 
 def keep_freed_memory():
     """Have Linux keep freed memory, not clear it anew: 2 to 3 times as fast on a CPU."""
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4        # of malloc.h
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)             # M_MMAP_MAX: one heap for all sizes
-        libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: that does not shrink
-        libc.mallopt(-2, 2**28)         # M_TOP_PAD: and grows by 256 MB
+        libc.mallopt(M_MMAP_MAX, 0)                     # one heap for all sizes
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)       # that does not shrink
+        libc.mallopt(M_TOP_PAD, 2**28)                  # and grows by 256 MB
 
 
 if __name__ == "__main__":
