@@ -22,6 +22,7 @@ Sizes, unless a row says otherwise: h = 128 features, n = 64 states, length l = 
 
 import argparse
 import datetime
+import functools
 import gc
 import importlib
 import math
@@ -220,11 +221,18 @@ def doubling_selective_scan(u, delta, A, B, C):
     return torch.einsum("bdln,bnl->bdl", doubling_scan(a, v), C)
 
 
-def diagonal_step(discrete, D, u, x):
-    """One step with n numbers A_bar for each feature: u (b, h), x (b, h, n)."""
+def diagonal_step(discrete, D, u, x, pairs=1):
+    """One step with n numbers A_bar for each feature: u (b, h), x (b, h, n). pairs: 2 for conjugate pairs."""
     A_bar, B_bar, C = discrete
     x = A_bar * x + B_bar * u[..., None]
-    return (C * x).real.sum(-1) + D * u, x
+    return pairs * (C * x).real.sum(-1) + D * u, x
+
+
+def low_rank_step(discrete, D, u, x):
+    """One step with diagonal minus rank 1 for each feature, from halves of pairs: u (b, h), x (b, h, n/2)."""
+    a, B_bar, Q, S, C = discrete
+    x = a * x - Q[0] * (2 * (S[0] * x).real.sum(-1))[..., None] + B_bar * u[..., None]
+    return 2 * (C[0] * x).real.sum(-1) + D[0] * u, x
 
 
 def dense_step(discrete, D, u, x):
@@ -306,15 +314,17 @@ def bench_s4d(table, module):
         return 2 * vandermonde(*diagonal_parameters(layer), L)
     kernel_rows(table, "s4d", layer, direct, "(h, n/2, l) array", at_least=8, at_most=0.1)
     convolution_row(table, "s4d", layer, at_most=1.4)
-    state_rows(table, "s4d", layer, diagonal_step, with_state=2, one_step=2)
+    step = functools.partial(diagonal_step, pairs=2)
+    state_rows(table, "s4d", layer, step, with_state=2, one_step=2)
 
 
 def bench_s4(table, module):
     layer = module.S4(H, N)
     with torch.no_grad():                                    # the parameter of the paper: C (1 - A_bar^l)
-        A_bar, _, (C,) = layer.discretize()
-        C = C - (C[:, None] @ torch.linalg.matrix_power(A_bar, L))[:, 0]
-        C = (C.unflatten(-1, (-1, 2)) * torch.tensor([1.0, -1.0])).float() / 2
+        a, _, Q, S, C = (torch.cat([x, x.conj()], -1) for x in layer.discretize())
+        A_bar = torch.diag_embed(a) - torch.einsum("rhi,rhj->hij", Q, S)
+        C = C[0] - (C[0][:, None] @ torch.linalg.matrix_power(A_bar, L))[:, 0]
+        C = torch.view_as_real(C[:, :N // 2]).float()
     C.requires_grad_()
 
     def textbook():
@@ -323,7 +333,7 @@ def bench_s4(table, module):
         return cauchy_kernel(*(torch.cat([x, x.conj()], -1) for x in halves), dt, L)
     kernel_rows(table, "s4", layer, textbook, "(4, h, n, l/2+1) array", at_least=3, at_most=0.5, inputs=[C])
     convolution_row(table, "s4", layer)
-    state_rows(table, "s4", layer, dense_step, with_state=2.5)
+    state_rows(table, "s4", layer, low_rank_step, with_state=2.5)
 
     diagonal = module.S4(H, N, mode="diag", measure="diag-lin")
 
