@@ -493,7 +493,8 @@ def number(kind, low, high=10**6):
     """A type for argparse that says its limits."""
     def number(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text}: pass a number from {low} to {high:g}")
+            message = f"{text}: pass a number from {low} to {high:g}"
+            raise argparse.ArgumentTypeError(message)
         return kind(text)
     return number
 
@@ -611,8 +612,8 @@ def run(args, net, optimizer, history):
         results["modes"] = compare_modes(args, net, test_images, test_labels)
         results["seconds per epoch"] = float(np.median([row["seconds"] for row in history]))
         results["ms per step"] = milliseconds_per_step(args, net, test_images)
-        print("medians: {seconds per epoch:.1f} s per epoch; a pixel through the network, at "
-              "batch 1: {ms per step:.2f} ms".format(**results), flush=True)
+        print("medians: {seconds per epoch:.1f} s per epoch; {ms per step:.2f} ms for a pixel "
+              "through the network, at batch 1".format(**results), flush=True)
         if not args.eval:
             write(result, json.dumps(results, indent=1).encode())
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from layers import ROOT
 import example
 from s4 import S4
 from s4d import S4D
+from s5 import S5
 
 SMALL = ["--d-model", "8", "--d-state", "4", "--n-layers", "1"]
 TINY = [*SMALL, "--data", "builtin", "--limit", "40", "--batch-size", "8",
@@ -35,6 +37,10 @@ example.builtin_images = functools.cache(draw)      # once for all runs in this 
 
 def run(out, *flags):
     example.main([*TINY, "--out", str(out), *flags])
+
+
+def settle(*flags):
+    return example.settle(example.parse([str(flag) for flag in flags]))
 
 
 def refusal(argv, capsys):
@@ -61,7 +67,13 @@ def process(out, *flags, command=("example.py",)):
 
 def files(folder, but=()):
     """The files of a folder and their content."""
-    return {path: path.read_bytes() for path in folder.iterdir() if path.name not in but}
+    return {path: path.read_bytes() for path in folder.iterdir()
+            if path.name not in (".lock0", *but)}
+
+
+def table(printed):
+    """The rows of accuracies, without lines about progress."""
+    return [line for line in printed.splitlines() if "%" in line][-5:]
 
 
 def same_weights(one, two):
@@ -134,27 +146,30 @@ def write_cifar(folder, n=6):
     return folder
 
 
-def arguments(data_dir, data="cifar10", **options):
-    defaults = {"limit": None, "grayscale": False, "seed": 0, "epochs": None,
-                "batch_size": None, "device": "cpu"}
-    return SimpleNamespace(data=data, data_dir=data_dir, **defaults | options)
+def load_data(data_dir, data="cifar10", **options):
+    example.download.cache_clear()
+    defaults = {"limit": None, "grayscale": False, "seed": 0, "device": "cpu"}
+    args = SimpleNamespace(data=data, data_dir=data_dir, **defaults | options)
+    before = SimpleNamespace(**vars(args))
+    tensors = example.load_data(args, example.find_data(args))
+    assert args == before
+    return tensors
 
 
 def test_cifar_is_read_from_the_folder(tmp_path, capsys):
     folder = write_cifar(tmp_path / example.FOLDER)
-    args = arguments(tmp_path, "auto")
-    images, labels, test_images, _ = example.load_data(args)
-    assert args.data == "cifar10" and len(test_images) == 6
+    images, labels, test_images, _ = load_data(tmp_path, "auto")
+    assert len(test_images) == 6
     assert images.shape == (30, 1024, 3)
     record = records(6, 1)[2]                               # record 2 of file 2 is image 8
     assert labels[8] == record[0]
     assert images[8, 33].tolist() == record[[1 + 33, 1 + 1024 + 33, 1 + 2048 + 33]].tolist()
-    tensors = example.load_data(arguments(tmp_path, limit=4, grayscale=True))
+    tensors = load_data(tmp_path, limit=4, grayscale=True)
     assert tensors[0].shape == (4, 1024, 1)
     assert [len(tensor) for tensor in tensors] == 4 * [4]
     records(2).tofile(folder / "data_batch_4.bin")
     capsys.readouterr()
-    assert len(example.load_data(arguments(tmp_path))[0]) == 26
+    assert len(load_data(tmp_path)[0]) == 26
     assert "data_batch_4.bin: 2 images" in capsys.readouterr().out.splitlines()[3]
 
 
@@ -171,7 +186,7 @@ def test_damaged_files_are_named(tmp_path, damage):
     damage(write_cifar(tmp_path / example.FOLDER) / "data_batch_3.bin")
     message = "data_batch_3.bin is missing, or no records of 3073 bytes with labels"
     with pytest.raises(SystemExit, match=message):
-        example.load_data(arguments(tmp_path))
+        load_data(tmp_path)
 
 
 def serve(monkeypatch, folder):
@@ -180,7 +195,6 @@ def serve(monkeypatch, folder):
     with tarfile.open(path, "w:gz") as tar:
         tar.add(folder, example.FOLDER)
         tar.add(__file__, "../../evil.txt")
-    monkeypatch.setattr(example.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(example, "URL", path.as_uri())
     monkeypatch.setattr(example, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     return path
@@ -194,12 +208,12 @@ def archive(tmp_path, monkeypatch):
 def test_download(archive, tmp_path):
     data_dir = tmp_path / "a" / "data"
     (data_dir / example.FOLDER).mkdir(parents=True)     # an empty folder is no CIFAR-10
-    images, *_ = example.load_data(arguments(data_dir, "auto"))
+    images, *_ = load_data(data_dir, "auto")
     assert len(images) == 1000
     assert {p.name for p in (tmp_path / "a").rglob("*") if p.is_file()} == {*example.FILES}
     assert [p.name for p in data_dir.iterdir()] == [example.FOLDER]
     archive.unlink()                                        # the second time it is there
-    assert len(example.load_data(arguments(data_dir))[0]) == 1000
+    assert len(load_data(data_dir)[0]) == 1000
 
 
 def test_a_download_that_was_killed_is_repeated(archive, tmp_path, monkeypatch):
@@ -218,19 +232,18 @@ def test_a_download_that_was_killed_is_repeated(archive, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(example, "write", killed)
-        example.load_data(arguments(tmp_path / "data"))
+        load_data(tmp_path / "data")
     monkeypatch.setattr(torch.hub, "urlopen", flaky)
-    assert len(example.load_data(arguments(tmp_path / "data"))[0]) == 1000
+    assert len(load_data(tmp_path / "data")[0]) == 1000
 
 
 def test_failed_download(archive, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(example, "SHA256", 64 * "0")
     with pytest.raises(SystemExit, match="download failed"):
-        example.load_data(arguments(tmp_path / "data"))
+        load_data(tmp_path / "data")
     assert "attempt 3 of 3: invalid hash" in capsys.readouterr().out
-    args = arguments(tmp_path / "data", "auto", limit=20)
-    images, *_ = example.load_data(args)
-    assert len(images) == 20 and args.data == "builtin" and args.epochs == 4
+    images, *_ = load_data(tmp_path / "data", "auto", limit=20)
+    assert len(images) == 20
     assert "training on the built-in images" in capsys.readouterr().out
     assert not list((tmp_path / "data").rglob("*.*"))
 
@@ -244,7 +257,7 @@ def test_download_of_an_archive_without_a_file(tmp_path, monkeypatch, capsys, od
     odd(folder / "data_batch_2.bin")
     serve(monkeypatch, folder)
     with pytest.raises(SystemExit, match="download failed"):
-        example.load_data(arguments(tmp_path / "data"))
+        load_data(tmp_path / "data")
     assert "attempt 3 of 3: " in capsys.readouterr().out
 
 
@@ -281,14 +294,14 @@ def test_every_mode_of_the_network_gives_the_same_numbers(options, pool):
 def test_activations_as_defined(activation):
     options = {"activation": activation, "prenorm": True}
     layer = example.SequenceLayer(S4D(16, 8), 16, **options).eval()
-    x = torch.randn(2, 9, 16)
-    y = layer.ssm(layer.norm(x).mT.contiguous())[0].mT
+    x = torch.randn(2, 16, 9)
+    y, _ = layer.ssm(layer.norm(x.mT).mT)
     g = F.gelu(y)
     expected = g if activation == "gelu" else y
     if "glu" in activation:
         z = layer.out(g)
-        sigmoid = z[..., -16:].sigmoid()
-        values = {"glu": z[..., :16], "half_glu1": g, "half_glu2": y}
+        sigmoid = z[:, -16:].sigmoid()
+        values = {"glu": z[:, :16], "half_glu1": g, "half_glu2": y}
         expected = values[activation] * sigmoid
     assert torch.allclose(layer(x)[0], x + expected, atol=1e-6)
 
@@ -297,9 +310,9 @@ def test_dropout_is_tied_over_the_length_and_absent_in_evaluation():
     torch.manual_seed(0)
     layer = example.SequenceLayer(S4D(64, 8), 64, activation="none", prenorm=True,
                                   dropout=0.5)
-    x = torch.randn(2, 9, 64)
+    x = torch.randn(2, 64, 9)
     dropped = layer(x)[0] == x
-    assert 0 < dropped.float().mean() < 1 and (dropped == dropped[:, :1]).all()
+    assert 0 < dropped.float().mean() < 1 and (dropped == dropped[..., :1]).all()
     layer.eval()
     assert torch.equal(layer(x)[0], layer(x)[0])
 
@@ -311,6 +324,76 @@ def test_video_in_and_out():
     y, _ = net.eval()(video)
     frame, _ = net.step(video[:, 0], net.initial_state(2))
     assert y.shape == (2, 7, 4, 5, 2) and torch.allclose(frame, y[:, 0], atol=1e-5)
+
+
+def test_a_list_of_layers():
+    """The specification's ssm_first_layer: one function for each block."""
+    net = example.StackedSSM([lambda h: S5(h, 8), lambda h: S4D(h, 4)], 3, 10, d_model=8,
+                             n_layers=2)
+    assert [type(layer.ssm) for layer in net.layers] == [S5, S4D]
+    y, _ = net.eval()(torch.randn(2, 5, 3))
+    assert y.shape == (2, 10)
+    with pytest.raises(ValueError, match="a list of 1, n_layers=2: pass one for each"):
+        example.StackedSSM([lambda h: S5(h, 8)], 3, 10, d_model=8, n_layers=2)
+
+
+def test_rollout_from_an_initial_value():
+    """That value and zeros: what the network goes on to say without input."""
+    net = network(pool=False).double()
+    first = torch.randn(2, 1, 3, dtype=torch.double)
+    whole, _ = net(torch.cat([first, torch.zeros(2, 9, 3)], 1))
+    y, state = net(first, net.initial_state(2))
+    outputs = [y[:, 0]]
+    for _ in range(9):
+        y, state = net.step(torch.zeros(2, 3), state)
+        outputs.append(y)
+    assert torch.allclose(torch.stack(outputs, 1), whole)
+
+
+@pytest.mark.parametrize("piece", [None, 7, 1])
+def test_evaluation_at_a_rate(piece):
+    net = network().double()
+    x = torch.randn(70, 20, 3, dtype=torch.double)      # more than one batch
+    args = SimpleNamespace(amp=False)
+    scores = example.evaluate(args, net, x, "", piece, rate=2.0)
+    assert torch.allclose(scores.double(), net(x, rate=2.0)[0], atol=1e-5)
+    assert not torch.allclose(scores.double(), net(x)[0], atol=1e-3)
+
+
+class Reader(nn.Module):
+    """Reads off the first pixel of an image what its class is."""
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(50.0))
+
+    def forward(self, images):
+        return self.scale * F.one_hot(images[:, 0, 0].long(), 10), None
+
+
+def test_an_epoch_trains_on_every_image_with_its_label():
+    labels = torch.randint(10, (40,))
+    images = labels[:, None, None].repeat(1, 4, 3)
+    args = SimpleNamespace(seed=0, batch_size=8, epochs=1, eval_limit=2, amp=False)
+    seen = []
+    model = Reader()
+    model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0][:, 0, 0]))
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    indices = torch.arange(4, 40)
+    results = example.train_epoch(args, 2, model, optimizer, images, labels, indices, 10)
+    assert results.shape == (2, 4)                      # the rest is less than a batch
+    assert results[0].max() < 1e-6 and (results[1] == 1).all()
+    assert not torch.equal(torch.cat(seen), labels[4:36])       # in another order
+
+
+def test_what_a_run_costs(capsys):
+    args = SimpleNamespace(data="cifar10", device="cpu", epochs=100, every_model=False,
+                           model="s4d", batch_size=64)
+    line = example.cost(args, 3.6, 1000, 99000)         # seconds, steps
+    assert line == ("cifar10 on cpu: about 60.0 min an epoch, 100.0 h for 100 epochs; "
+                    "--epochs 10 takes 10.0 h, --data builtin 8 min")
+    args.every_model = True
+    models = sum(model["cost"] for model in example.MODELS.values())
+    assert f"{100 * models:.1f} h for all models;" in example.cost(args, 3.6, 1000, 99000)
 
 
 def test_param_groups():
@@ -327,6 +410,12 @@ def test_param_groups():
     assert of[ssm.log_dt] == of[ssm.log_A_real] == of[ssm.A_imag] == (1e-3, 0.0)
     assert of[ssm.C] == of[net.encoder.weight] == (0.01, 0.02)
     assert of[net.encoder.bias] == of[ssm.D] == (0.01, 0.0)
+    slow = example.param_groups(net, 1e-4, 0.02)        # the SSM is never faster
+    assert {group["lr"] for group in slow} == {1e-4}
+    net.head.weight._no_weight_decay = True
+    groups = example.param_groups(net, 0.01, 0.02)
+    spared = {p for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert net.head.weight in spared and net.encoder.weight not in spared
     s4 = S4(4, 4)                       # whose D is a matrix (m, h), one row a channel
     groups = example.param_groups(nn.Sequential(s4), 0.01, 0.02)
     of = {p: group["weight_decay"] for group in groups for p in group["params"]}
@@ -351,18 +440,23 @@ def test_input_of_another_shape_is_refused():
     for shape in ((2, 40, 1), (2, 40, 4), (2, 40), (2, 40, 3, 1), (2, 0, 3), (3,)):
         with pytest.raises(ValueError, match=r"pass \(b, l, \*\(3,\)\)"):
             net(torch.randn(shape))
-        with pytest.raises(ValueError, match=r"pass \(b, l, "):
+        with pytest.raises(ValueError, match=r"pass \(b, \*\(3,\)\)"):
             net.step(torch.randn(shape), state)
-        with pytest.raises(ValueError, match=r"pass \(b, l, 16\)"):
+        with pytest.raises(ValueError, match=r"pass floats \(b, 16, l\)"):
             net.layers[0](torch.randn(shape))
+    for states in (state[0][:1], [*state[0], state[0][0]], []):
+        for call, x in ((net, torch.randn(2, 4, 3)), (net.step, torch.randn(2, 3))):
+            with pytest.raises(ValueError, match="layers, not 2; pass one of the shape of"):
+                call(x, (states, *state[1:]))
+    with pytest.raises(ValueError, match="pass one of the shape of"):
+        net.step(torch.randn(2, 3), None)
     with pytest.raises(ValueError):
-        net(torch.randn(2, 2, 3), state, discrete=net.discretize())
+        net.step(torch.randn(2, 3), state, discrete=net.discretize()[:1])
 
 
 @pytest.mark.parametrize("model", example.MODELS)
 def test_every_model_in_every_mode(model, tmp_path):
-    flags = ["--model", model, *SMALL, "--dropout", "0", "--out", str(tmp_path)]
-    args, _ = example.settle(flags)
+    args, _ = settle("--model", model, *SMALL, "--dropout", "0", "--out", tmp_path)
     net = example.build_network(args)
     x = torch.rand(2, 30, 3)
     whole, _ = net(x)
@@ -376,7 +470,7 @@ def test_every_model_in_every_mode(model, tmp_path):
 
 def test_training_writes_everything(trained):
     out, output = trained
-    names = ["best.pt", "curves.png", "last.pt", "metrics.csv", "result.json"]
+    names = [".lock0", "best.pt", "curves.png", "last.pt", "metrics.csv", "result.json"]
     assert sorted(path.name for path in out.iterdir()) == names
     rows = list(csv.DictReader((out / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
@@ -387,8 +481,12 @@ def test_training_writes_everything(trained):
     assert checkpoint["args"]["model"] == "s4d"
     assert not {"out", "resume"} & checkpoint["args"].keys()
     assert [float(row["val_loss"]) for row in rows] == [row["val_loss"] for row in history]
-    assert result.keys() == {"parameters", "seconds per epoch", "modes"}
+    assert result.keys() == {"parameters", "seconds per epoch", "modes", "ms per step"}
     assert len(result["modes"]) == 5 and "pixel by pixel" in output
+    assert result["modes"]["pixel by pixel"].keys() == {"accuracy", "images", "unlike whole"}
+    assert result["seconds per epoch"] == np.median([float(row["seconds"]) for row in rows])
+    assert 0 < result["ms per step"] < 1000
+    assert "at the rate 0.001, weight decay 0" in output        # the optimizer's groups
     assert max(map(len, output.splitlines())) <= 80
 
 
@@ -409,13 +507,12 @@ def test_best_checkpoint_is_the_first_of_the_highest_accuracy(tmp_path, monkeypa
     assert load(tmp_path / "s4d" / "best.pt")["history"] == history[:1 + best]
 
 
-def test_validation_images_do_not_depend_on_the_limit(tmp_path, monkeypatch):
-    """And they are not trained on."""
+def test_validation_images_are_not_trained_on(tmp_path, monkeypatch):
     trained_on, evaluated = [], []
     train_epoch, evaluate = example.train_epoch, example.evaluate
 
     def spy_train(*args):
-        trained_on.append(set(args[-1].tolist()))
+        trained_on.append(set(args[-2].tolist()))
         return train_epoch(*args)
 
     def spy_evaluate(args, net, images, *more):
@@ -425,24 +522,66 @@ def test_validation_images_do_not_depend_on_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(example, "train_epoch", spy_train)
     monkeypatch.setattr(example, "evaluate", spy_evaluate)
     run(tmp_path, "--epochs", "1", "--limit", "21", "--seed", "3")
-    run(tmp_path, "--epochs", "2", "--limit", "40", "--resume")
     images = torch.from_numpy(example.builtin_images(2000, 3)[0])
     assert torch.equal(evaluated[0], images[[0, 10, 20]])
-    assert torch.equal(evaluated[6], images[[0, 10, 20, 30]])   # after one in five modes
-    assert trained_on == [{*range(21)} - {0, 10, 20}, {*range(40)} - {0, 10, 20, 30}]
+    assert trained_on == [{*range(21)} - {0, 10, 20}]
+
+
+def test_mean_and_deviation_are_those_of_the_training_images(trained):
+    images = torch.from_numpy(example.builtin_images(2000, 0)[0][:40]).float()
+    model = load(trained[0] / "last.pt")["model"]
+    sample = images[torch.arange(40) % 10 > 0].flatten(0, 1)
+    assert torch.allclose(model["mean"], sample.mean(0))
+    assert torch.allclose(model["std"], sample.std(0))
+
+
+def test_constant_images_train(tmp_path, monkeypatch):
+    def constant(n, seed):
+        return np.full((n, 1024, 3), 128, np.uint8), np.arange(n) % 10
+
+    monkeypatch.setattr(example, "builtin_images", constant)
+    run(tmp_path, "--epochs", "1")
+    assert load(tmp_path / "s4d" / "last.pt")["history"][0]["train_loss"] < 10
+
+
+def test_a_trained_network_in_python(trained):
+    net = example.load_network(str(trained[0] / "best.pt"))
+    assert not net.training
+    args, saved = settle("--eval", trained[0] / "best.pt")
+    assert all(torch.equal(saved["model"][name], value)
+               for name, value in net.state_dict().items())
+    images = torch.from_numpy(example.builtin_images(1000, 10**6)[0][:40])
+    labels = example.builtin_images(1000, 10**6)[1][:40]
+    right = (net(images)[0].argmax(1).numpy() == labels).mean()
+    result = json.loads((trained[0] / "result.json").read_text())
+    assert result["modes"]["whole"]["accuracy"] == pytest.approx(right)
+    with pytest.raises(ValueError, match="not found, damaged or no checkpoint"):
+        example.load_network(trained[0] / "nothing.pt")
+
+
+def test_evaluation_on_other_images(copy, tmp_path, capsys):
+    """A network trained on CIFAR-10, where there is no CIFAR-10."""
+    path = copy / "s4d" / "best.pt"
+    checkpoint = load(path)
+    checkpoint["args"]["data"] = "cifar10"
+    torch.save(checkpoint, path)
+    flags = ["--eval", path, "--device", "cpu", "--eval-limit", "2", "--data", "builtin"]
+    example.main([str(flag) for flag in flags])
+    assert "builtin: 40 images" in capsys.readouterr().out
 
 
 def test_evaluation_of_a_checkpoint(trained, capsys):
     out, output = trained
     argv = ["--eval", str(out / "best.pt"), "--device", "cpu"]  # with its own settings
     example.main([*argv, "--eval-limit", "2"])
-    rows = capsys.readouterr().out.splitlines()[-5:]
-    assert rows == output.splitlines()[-5:]
+    rows = table(capsys.readouterr().out)
+    assert rows == table(output)
     # in pieces and pixel by pixel as whole
-    assert rows[1].split()[-1] == rows[4].split()[-1] == "0"
+    assert rows[1].split()[-1] == rows[2].split()[-1] == "0"
     example.main([*argv, "--eval-limit", "1", "--limit", "10"])
-    rows = capsys.readouterr().out.splitlines()[-5:]
-    assert [row.split("%")[1].split()[0] for row in rows] == [*["10"] * 4, "1"]
+    rows = table(capsys.readouterr().out)
+    images = [row.split("%")[1].split()[0] for row in rows]
+    assert images == ["10", "10", "1", "10", "10"]
 
 
 @pytest.mark.parametrize("name", ["best.pt", "last.pt", "result.json"])
@@ -476,10 +615,10 @@ def test_going_on_longer_lays_the_schedule_anew(copy, capsys):
             rate = group["initial_lr"] * (1 + np.cos(np.pi * progress)) / 2
             assert group["lr"] == pytest.approx(rate)
 
-    check_cosine(11 / 12, 3)                    # 12 steps, the last of which began there
+    check_cosine(2 / 3, 3)                      # once per epoch, the last began there
     run(copy, "--epochs", "4", "--resume")
     assert "--epochs was 3: the cosine is laid anew over 4" in capsys.readouterr().out
-    check_cosine(15 / 16, 4)
+    check_cosine(3 / 4, 4)
 
 
 def test_a_finished_run_says_so_and_shows_its_result(trained, capsys, monkeypatch):
@@ -494,13 +633,64 @@ def test_a_finished_run_says_so_and_shows_its_result(trained, capsys, monkeypatc
     (["--d-model", "16"], "--d-model is 16 here, but 8"),
     (["--grayscale"], "--grayscale is True here, but False"),
     (["--lr", "0.1"], "--lr is 0.1 here, but 0.01"),
-    (["--data", "cifar10"], "--data is cifar10 here, but builtin"),
     (["--epochs", "2"], "--epochs is 2 here, but 3")])
 def test_flags_that_contradict_the_checkpoint(trained, capsys, flags, values):
     out, _ = trained
     evaluate, resume = ["--eval", out / "best.pt"], ["--resume", "--out", out.parent]
     assert f"{values} in {out / 'best.pt'}" in refusal([*evaluate, *flags], capsys)
     assert f"{values} in {out / 'last.pt'}" in refusal([*resume, *flags], capsys)
+
+
+def test_another_limit_is_refused(trained, capsys):
+    """It would validate on other images, and compare that with the best before."""
+    flags = ["--resume", "--out", trained[0].parent, "--epochs", "4", "--limit", "20"]
+    assert "--limit is 20 here, but 40" in refusal(flags, capsys)
+
+
+def test_best_is_missing(copy, capsys, monkeypatch):
+    monkeypatch.setattr(example, "train", None)         # it is said before
+    best = copy / "s4d" / "best.pt"
+    for change in (lambda: best.write_bytes(b"x"), best.unlink):
+        change()
+        message = refusal(["--resume", "--out", copy, "--epochs", "4"], capsys)
+        assert f"{best} not found, damaged or no checkpoint" in message
+
+
+@pytest.mark.parametrize("lacking", ["norm", "head.bias", "param_groups"])
+def test_a_checkpoint_that_lacks_a_key(copy, capsys, lacking):
+    path = copy / "s4d" / "last.pt"
+    checkpoint = load(path)
+    for part in ("args", "model", "optimizer"):
+        checkpoint[part].pop(lacking, None)
+    torch.save(checkpoint, path)
+    assert refusal(["--resume", "--out", copy, "--epochs", "4"], capsys)
+    assert refusal(["--eval", path], capsys)
+
+
+def start(out, *flags):
+    """A run in a process of its own, of which nobody waits for the end."""
+    argv = [sys.executable, "example.py", *TINY, "--out", str(out), *flags]
+    return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def test_two_runs_in_one_folder(tmp_path, capsys):
+    """The second one is refused, until the first one dies, however it does."""
+    first = start(tmp_path, "--epochs", "1000")
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "s4d" / "last.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for flags in ([], ["--resume"]):
+            message = refusal([*TINY, "--out", tmp_path, *flags], capsys)
+            assert f"another run is at work in {tmp_path / 's4d'}" in message
+        run(tmp_path, "--epochs", "1", "--model", "lru")        # in a folder of its own
+    finally:
+        first.kill()
+        first.wait()
+    epochs = len(load(tmp_path / "s4d" / "last.pt")["history"])
+    with pytest.raises(SystemExit, match="--epochs is 1 here, but 1000"):
+        run(tmp_path, "--epochs", "1", "--resume")
+    assert epochs > 0
 
 
 def test_model_that_contradicts_the_checkpoint(copy, capsys):
@@ -525,7 +715,7 @@ def test_interrupted_before_the_first_checkpoint(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(example, "train_epoch", interrupted)
         message = str(pytest.raises(SystemExit, run, tmp_path).value)
-    assert "or starts from the beginning if there is none" in message
+    assert "--resume goes on after the last whole epoch, if any" in message
     run(tmp_path, "--epochs", "1", "--resume")
     printed = capsys.readouterr().out
     assert "last.pt, so it starts from the beginning" in printed
@@ -535,7 +725,7 @@ def test_interrupted_before_the_first_checkpoint(tmp_path, monkeypatch, capsys):
 def test_a_diverged_run_stops_and_writes_nothing(tmp_path, capsys):
     message = refusal([*TINY, "--out", tmp_path, "--lr", "1e9"], capsys)
     assert "the loss of epoch 1 is not finite after step 1." in message
-    assert "Start again with --lr below 1e+09" in message
+    assert "Start again with --lr below 1e+09 or --weight-decay below 0.01" in message
     assert not files(tmp_path / "s4d")
 
 
@@ -586,18 +776,20 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", Path("/proc")):
         message = refusal([*TINY, "--out", out], capsys)
-        assert f"{out / 's4d' / 'result.json'} could not be written: " in message
+        assert f"{out / 's4d'} could not be written: " in message
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--epochs", "0"], "--epochs: 0: pass a number from 1"),
+    (["--epochs", "0"], "--epochs: 0: pass a number from 1 to"),
     (["--epochs", "2.5"], "--epochs: invalid number"),
-    (["--limit", "2"], "from 10"),
+    (["--limit", "2"], "from 10 to"),
+    (["--lr", "1e38"], "--lr: 1e38: pass"), (["--lr", "-1"], "--lr: -1: pass"),
+    (["--seed", str(10**20)], "--seed: 100000000000000000000: pass"),
+    (["--dropout", "nan"], "--dropout: nan: pass a number from 0 to 1"),
     (["--lr", "nan"], "--lr: nan: pass"),
     (["--model", "transformer"], "--model"),
-    (["--dropout", "1.5"], "between 0 and 1, but got 1.5"),
     (["--d-state", "3"], "even"),
-    (["--model", "gss", "--d-model", "6"], "--model gss cannot be built: "),
+    (["--model", "gss", "--d-model", "6"], "--model gss: bottleneck=4"),
     (["--device", "cuda"], "there is no GPU")])
 def test_bad_flags(flags, message, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -608,8 +800,8 @@ IN_PLACE = [f"step {i}/12, {(20 - i) / 12:.1f} min left\033[K\r" for i in range(
 
 
 @pytest.mark.parametrize("terminal, seconds, expected", [
-    (False, 15, "step 4/12, 4.0 min left\nstep 8/12, 3.0 min left\n"
-                "step 12/12, 2.0 min left\n"),
+    (False, 12, "step 1/12, 3.8 min left\nstep 6/12, 2.8 min left\n"
+                "step 11/12, 1.8 min left\n"),
     (True, 5, "".join(["step\033[K\r", *IN_PLACE]))])
 def test_progress_and_the_time_left(monkeypatch, capsys, terminal, seconds, expected):
     clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
@@ -625,13 +817,15 @@ def test_evaluation_and_training_show_progress(tmp_path, monkeypatch):
     shown = []
 
     def track(items, what, rest=0):
-        shown.append((what, len(items), rest))
+        shown.append((what, len(items), round(rest, 2)))
         yield from items
 
     monkeypatch.setattr(example, "track", track)
     run(tmp_path, "--epochs", "2")
-    assert shown[:4] == [("epoch 1/2, step", 4, 4), ("validation, batch", 1, 0),
-                         ("epoch 2/2, step", 4, 0), ("validation, batch", 1, 0)]
+    test = (40 + 2) / 8                         # images, and two of them pixel by pixel
+    assert shown[:4] == [
+        ("epoch 1/2, step", 4, 1.04 * 4 + test), ("validation, batch", 1, 0),
+        ("epoch 2/2, step", 4, test), ("validation, batch", 1, 0)]
     assert ("pixel by pixel, batch", 1, 0) in shown
 
 
@@ -648,6 +842,61 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
             assert abs(a[loss] - b[loss]) < 1e-4
 
 
+def test_resumed_by_another_number_of_processes(tmp_path, capsys):
+    """It goes on from the weights, and says that it does not go on bit for bit."""
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
+    flags = ["--dropout", "0", "--batch-size", "40"]    # one step an epoch, in any order
+    run(tmp_path / "one", *flags, "--epochs", "2")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    run(tmp_path / "one", *flags, "--epochs", "3", "--resume")
+    printed = process(tmp_path / "two", *flags, "--epochs", "3", "--resume",
+                      command=(*launcher, "example.py"))
+    assert "2 processes, before 1: from here on" in printed
+    one, two = (load(tmp_path / name / "s4d" / "last.pt") for name in ("one", "two"))
+    assert two["args"]["processes"] == 2
+    for key, value in one["model"].items():
+        assert torch.allclose(two["model"][key], value, atol=1e-4), key
+    run(tmp_path / "two", *flags, "--epochs", "4", "--resume")
+    assert "1 processes, before 2: from here on" in capsys.readouterr().out
+
+
+def test_all_models_are_looked_at_before_the_first_starts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(example, "run", None)
+    flags = [*TINY, "--model", "all", "--out", tmp_path]
+    assert "gss: bottleneck" in refusal([*flags, "--d-model", "6"], capsys)
+    (tmp_path / "lru" / "last.pt").write_bytes(b"")
+    assert "lru/last.pt is of an earlier run" in refusal(flags, capsys)
+
+
+def test_a_model_that_diverges_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
+    models = {name: example.MODELS[name] for name in ("s4d", "lru")}
+    monkeypatch.setattr(example, "MODELS", models)
+    evaluate = example.evaluate
+
+    def infinite(args, net, x, *more):
+        scores = evaluate(args, net, x, *more)
+        return scores.fill_(float("inf")) if args.model == "s4d" else scores
+
+    monkeypatch.setattr(example, "evaluate", infinite)
+    flags = [*TINY, "--out", tmp_path, "--epochs", "1", "--model", "all"]
+    with pytest.raises(SystemExit) as error:
+        example.main([str(flag) for flag in flags])
+    printed = capsys.readouterr().out
+    assert "s4d: the loss of epoch 1 is not finite" in error.value.code
+    assert printed.splitlines()[-1].split()[0] == "lru"         # the table
+    assert "s4d: the loss of epoch 1 is not finite" in printed
+
+
+def test_a_failed_download_is_tried_once_for_all_models(tmp_path, capsys, monkeypatch):
+    models = {name: example.MODELS[name] for name in ("s4d", "lru")}
+    monkeypatch.setattr(example, "MODELS", models)
+    monkeypatch.setattr(example, "URL", (tmp_path / "nothing").as_uri())
+    example.download.cache_clear()
+    args = [settle("--model", name, "--data-dir", tmp_path)[0] for name in models]
+    assert [example.find_data(arg) for arg in args] == [None, None]
+    assert capsys.readouterr().out.count("attempt") == 3
+
+
 def test_amp_batch_norm_and_grayscale_train(tmp_path):
     run(tmp_path, "--epochs", "1", "--amp", "--norm", "batch", "--grayscale")
     checkpoint = load(tmp_path / "s4d" / "last.pt")
@@ -661,7 +910,8 @@ def test_all_models_are_compared(tmp_path, capsys, monkeypatch):
     run(tmp_path, "--epochs", "2", "--model", "all")
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
     assert [row[0] for row in rows] == ["s4d", "lru"]
-    for name, parameters, accuracy, seconds in rows:
+    for name, parameters, accuracy, seconds, milliseconds in rows:
         result = json.loads((tmp_path / name / "result.json").read_text())
         assert int(parameters) == result["parameters"] > 0 and float(seconds) >= 0
-        assert accuracy == f"{result['modes']['in parallel']:.2%}"
+        assert accuracy == f"{result['modes']['whole']['accuracy']:.2%}"
+        assert float(milliseconds) > 0
