@@ -191,16 +191,20 @@ def powers(A_bar, l, dtype):
     the place of l, and sums over n are matrix products, without an (h, n, l) array.
     """
     T = int(l ** 0.5)
-    k = torch.arange(l, dtype=torch.float64, device=A_bar.device)[:, None]      # (l, 1)
-    log = torch.where(A_bar.abs() < 1e-300, 1e-300, A_bar).log()[:, None]       # not of 0
+    ones = first_powers(A_bar, T)
+    tens = first_powers(ones[:, -1] * A_bar, -(-l // T))        # of A_bar^T
     dtype = torch.promote_types(dtype, torch.complex64)         # its complex type
-    return complex_exp(k[::T] * log).to(dtype), complex_exp(k[:T] * log).to(dtype)
+    return tens.to(dtype), ones.to(dtype)
 
 
-def complex_exp(z):
-    """e^z, from its size and angle: three times as fast as torch.exp on a CPU."""
-    size = torch.exp(z.real)
-    return torch.complex(size * torch.cos(z.imag), size * torch.sin(z.imag))
+def first_powers(a, count):
+    """1, a, a^2, ... by doubling: a (h, n) -> (h, count, n)."""
+    x = torch.ones_like(a)[:, None]
+    a = a[:, None]
+    while x.shape[1] < count:
+        x = torch.cat([x, a * x], 1)                    # m powers, and a is a^m: 2m powers
+        a = a * a
+    return x[:, :count]
 
 
 def vandermonde(v, A_k, l):
