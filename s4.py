@@ -486,14 +486,14 @@ def discretize_diagonal(layer, A, P, B, C, dt, rate):
 
 def learning_rates(layer, lr):
     """{parameter: learning rate} from one, or a dict for dt, A and B; 0.0 freezes."""
-    lr = lr if isinstance(lr, dict) else {"dt": lr, "A": lr, "B": lr}
-    check(set(lr) <= {"dt", "A", "B"} and min(lr.values(), default=0) >= 0,
+    given = lr if isinstance(lr, dict) else {"dt": lr, "A": lr, "B": lr}
+    check(set(given) <= {"dt", "A", "B"} and min(given.values(), default=0) >= 0,
           f"{lr=}: pass a number from 0, or a dict for dt, A and B")
     groups = {"log_dt": "dt", "log_A_real": "A", "A_imag": "A", "P": "A", "B": "B"}
     rates = {}
     for name, parameter in layer.named_parameters():
         if name in groups:
-            rates[name] = lr.get(groups[name], 1e-3)
+            rates[name] = given.get(groups[name], 1e-3)
             parameter.requires_grad_(rates[name] > 0)
     return rates
 

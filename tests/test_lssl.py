@@ -95,3 +95,13 @@ def test_one_matrix_each_can_differ():
     after, _ = layer(u)
     assert error(after[:, 0], before[:, 0]) <= 1e-12
     assert error(after[:, 1], before[:, 1]) > 1e-3
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_unstable_euler_steps_are_refused(measure):
+    """An eigenvalue of legs is -n: forward Euler needs dt <= 2/n."""
+    with pytest.raises(ValueError, match="^alpha=0.0, dt_max=0.7: .*unit circle"):
+        LSSL(8, 4, measure=measure, alpha=0.0, dt_min=0.6, dt_max=0.7)
+    layer = LSSL(8, 4, measure=measure, alpha=0.0, dt_max=0.01)
+    y, _ = layer(signal(1, 8, 2000))
+    assert y.isfinite().all()

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from layers import error, signal
 
 NAN, INF = float("nan"), float("inf")
-EVEN = {"d_state": [0, -2, 3]}
-ANY = {"d_state": [0, -1]}
+WIDTH = {"d_model": [0, -1], "lr": [-1.0, NAN]}
+EVEN = WIDTH | {"d_state": [0, -2, 3]}
+ANY = WIDTH | {"d_state": [0, -1]}
 DT = {"dt_min": [0.0, -1e-3, NAN, INF], "dt_max": [0.0, 1e-9, NAN, INF]}
 BAD = {     # class: {argument: wrong values}
     "s4d.S4D": EVEN | DT | {"measure": ["lin", "legs"], "disc": ["ZOH", "dss"]},
@@ -31,11 +32,9 @@ BAD = {     # class: {argument: wrong values}
         "step_rescale": [0.0, -1.0, NAN, INF]},
     "lru.LRU": ANY | {"r_min": [-0.1, 1.0, 2.0, NAN], "r_max": [0.0, 1.1, NAN],
                       "max_phase": [0.0, -1.0, NAN, INF]},
-    "selective_scan.SelectiveSSM": ANY | DT | {"d_model": [0, -1], "dt_rank": [0, -1],
-                                               "lr": [-1.0, NAN]},
-    "selective_scan.Mamba": ANY | DT | {"d_model": [0, -1], "dt_rank": [0, -1],
-                                        "d_conv": [0, -1], "expand": [0, -1],
-                                        "lr": [-1.0, NAN]},
+    "selective_scan.SelectiveSSM": ANY | DT | {"dt_rank": [0, -1]},
+    "selective_scan.Mamba": ANY | DT | {"dt_rank": [0, -1], "d_conv": [0, -1],
+                                        "expand": [0, -1]},
 }
 TIME = [{"dt_min": 0.05}, {"dt_max": 0.01}]
 MEASURES = {"mode": "diag", "measure": "diag-lin"}
@@ -52,7 +51,8 @@ CHANGES = {  # class: options, each of which changes the output
               {"mode": "diag", "disc": "bilinear"},
               {"mode": "diag", "disc": "dss", "l_max": 60},
               {"mode": "diag", "disc": "dss", "l_max": 90}],
-    "lssl.LSSL": [{"measure": "legt"}, {"alpha": 0.0}, {"alpha": 1.0}, {"channels": 2},
+    "lssl.LSSL": [{"measure": "legt"}, {"alpha": 0.0, "dt_max": 0.03}, {"alpha": 1.0},
+                  {"channels": 2},
                   *TIME],
     "dss.DSS": [{"version": "exp"}, {"l_max": 60}, *TIME],
     "gss.GSS": [{"gate": False}, {"expand": 2}, {"bottleneck": 1}, {"measure": "diag-lin"},
@@ -151,9 +151,8 @@ def test_what_is_trained_slowly(layer, options, names):
 def test_bidirectional_has_neither_state_nor_step(layer):
     built, u = constructor(layer)(3, 8, bidirectional=True), signal(2, 3, 5)
     x = constructor(layer)(3, 8).initial_state(2)
-    calls = [lambda: built(u, x), lambda: built.step(u[..., 0], x)]
-    if layer == "s4.S4":
-        calls.append(lambda: built(u, method="step"))
+    calls = [lambda: built(u, x), lambda: built.step(u[..., 0], x),
+             lambda: built(u, method="step")]
     for call in calls:
         with pytest.raises(ValueError, match="^bidirectional=True: "):
             call()

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 from layers import DOUBLE, error, golden, parameters, random_state, signal
@@ -120,6 +121,67 @@ def test_mixed_measures_alternate_over_the_features():
     layer = S4(4, 16, mode="diag", measure="diag")
     for i, measure in enumerate(["diag-inv", "diag-lin", "diag-inv", "diag-lin"]):
         assert error(layer.A_imag[i], initial_A(measure, 1, 16)[0].imag) <= 1e-6
+
+
+# ---- a step in O(n) ----
+
+def dense_step(layer, u, x):
+    """One step with the dense A_bar that discretize() stands for, by numpy."""
+    a, B_bar, Q, S, C = (part.detach().numpy() for part in layer.discretize())
+    pairs = oracle.conjugate_pairs
+    A_bar = np.stack([np.diag(diagonal) for diagonal in pairs(a)])
+    A_bar = A_bar - np.einsum("rhi,rhj->hij", pairs(Q), pairs(S))
+    x = np.einsum("hij,bhj->bhi", A_bar, pairs(x.numpy())) + pairs(B_bar) * u[..., None]
+    y = np.einsum("mhn,bhn->bmh", pairs(C), x).real + layer.D.detach().numpy() * u[:, None]
+    return y.reshape(len(u), -1), x[..., :x.shape[-1] // 2]
+
+
+@pytest.mark.parametrize("measure, rank", [("legs", 1), ("legs", 2), ("legs", 3),
+                                           ("legt", 2), ("legt", 3), ("fout", 1)])
+def test_step_is_that_of_the_dense_matrix(measure, rank):
+    torch.manual_seed(0)
+    layer = S4(3, 16, measure=measure, rank=rank, channels=2).double()
+    layer.P.data.add_(0.1 * torch.randn_like(layer.P))
+    u, x = signal(2, 3, 1, **DOUBLE)[..., 0], random_state(layer, 2)
+    assert error(layer.step(u, x), dense_step(layer, u.numpy(), x)) <= 1e-12
+
+
+class Sizes(TorchDispatchMode):
+    """Records the largest number of elements of a tensor that an operation returns."""
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def test_a_step_makes_no_array_of_n_squared():
+    layer, n = S4(2, 256, measure="legt"), 256
+    u, x, discrete = signal(1, 2, 1)[..., 0], layer.initial_state(1), layer.discretize()
+    with torch.no_grad(), Sizes() as sizes:
+        layer.discretize()
+        layer.step(u, x, discrete=discrete)
+    assert sizes.largest <= 8 * n < 2 * n * n
+
+
+@pytest.mark.parametrize("measure", NPLR)
+def test_gradients_through_the_low_rank_form(measure):
+    """Of a step, in P, Lambda, B, C, dt, against finite differences."""
+    layer = S4(1, 8, measure=measure, dt_min=0.1).double()
+    values = dict(layer.named_parameters())
+    u, x = signal(1, 1, 1, **DOUBLE)[..., 0], random_state(layer, 1)
+
+    def step(*parameters):
+        def run():
+            y, last = layer.step(u, x)
+            return y, torch.view_as_real(last)
+        swapped = dict(zip(values, parameters))
+        with torch.nn.utils.stateless._reparametrize_module(layer, swapped):
+            return run()
+
+    assert torch.autograd.gradcheck(step, tuple(values.values()))
 
 
 # ---- accuracy ----
