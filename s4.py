@@ -505,6 +505,7 @@ class Block(nn.Module):
 
     def __init__(self, d, channels, gate, bottleneck):
         super().__init__()
+        check(channels > 0, f"{channels=}: pass a positive number")
         check(gate is None or gate > 0, f"{gate=}: pass None or a positive number")
         check(bottleneck is None or bottleneck > 0 and d % bottleneck == 0,
               f"{bottleneck=}: pass None or a divisor of d_model = {d}")
