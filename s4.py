@@ -244,7 +244,7 @@ def cauchy_kernel(Lambda, P, B, C, dt, l):
     # Cauchy sums over pairs, of v = dt C B, dt C P, dt P* B and dt P* P:
     # v / (s - w) + v* / (s - w*) = 2 (s Re v - Re(v w*)) / (s^2 - 2 s Re w + |w|^2)
     square = w.real ** 2 + w.imag ** 2
-    pair = 1 / (s ** 2 - 2 * s * w.real[..., None] + square[..., None])     # (.., nodes)
+    pair = 1 / torch.addcmul(s ** 2 + square[..., None], s, -2 * w.real[..., None] + 0j)
     v = torch.einsum("ihn,phn->iphn", torch.cat([C, P.conj()]), torch.cat([B[None], P]))
     v = 2 * dt * torch.stack([v.real, -(v * w.conj()).real])            # (2, .., h, n/2)
     v = torch.einsum("viphn,hnjc->viphjc", v, torch.view_as_real(pair))
