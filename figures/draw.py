@@ -1,188 +1,279 @@
-"""Draw the pictures of README.md: one for each model file.
+"""Draw the pictures of README.md, and look inside a network that example.py has trained.
 
-    python figures/draw.py                           all of them, into the folder figures
+    python figures/draw.py                           one picture for each model file
     python figures/draw.py --only s4d --out /tmp     one of them, into another folder
+    python figures/draw.py --run runs/s4d            a network before and after training
+    python figures/draw.py --curves runs             the accuracies of all runs in a folder
 """
+
 import argparse
+import csv
 import math
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import matplotlib
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure                    # without pyplot: needs no display
+from torch.nn import functional as F
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))                    # the model files
 
+import example
 from dss import DSS
 from gss import GSS
 from lru import LRU
-from lssl import LSSL, reconstruct
+from lssl import LSSL, hippo_legendre, reconstruct
 from s4 import S4
 from s4d import S4D
-from s5 import S5
+from s5 import linear_scan, loop_scan
 from selective_scan import selective_scan_fn
 
 NAMES = ("s4d", "s4", "lssl", "dss", "gss", "s5", "lru", "selective_scan")
 STEP = "step k (samples)"
+STYLE = {"font.size": 10, "lines.solid_capstyle": "butt", "axes.titlesize": 11,
+         "legend.fontsize": 9, "legend.frameon": False, "axes.spines.top": False,
+         "axes.spines.right": False}
 
 
-# ------------------------------ panels
-def legend_below(ax, columns, title=None):
+# ---- parts of several figures ----
+
+def legend_below(ax, columns):
     """A legend under the axis label, where it cannot cover a curve."""
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.5, fontsize=8,
-              ncols=columns, title=title, title_fontsize=8, frameon=False)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4, ncols=columns,
+              handlelength=1.5, columnspacing=1.5)
 
 
-def draw_eigenvalues(disk, memory, points):
-    """Complex numbers in the unit disk, and for how long each of them remembers.
-
-    points: {label: A_bar (any number)}
-    """
+def draw_unit_circle(ax):
+    """The circle in which the eigenvalues of a stable A_bar lie."""
     angle = torch.linspace(0, 2 * math.pi, 1000)
-    disk.plot(angle.cos(), angle.sin(), color="0.7")
-    for size, (label, A_bar) in zip((9, 6, 3, 1), points.items()):      # the largest below
-        disk.plot(A_bar.real, A_bar.imag, "o", ms=size, label=label)
-        memory.plot(A_bar.angle().abs(), -1 / A_bar.abs().log(), "o", ms=min(size, 3))
-    disk.set(title="Eigenvalues of A_bar", xlabel="Re A_bar (no unit)",
-             ylabel="Im A_bar (no unit)", aspect=1)
-    memory.set_xscale("symlog", linthresh=1e-3)         # linear around 0
-    memory.set(title="Their frequency and memory", xlabel="|angle A_bar| (rad per step)",
-               ylabel="-1 / log |A_bar| (steps)", xlim=(-2e-4, 5), yscale="log")
-    legend_below(disk, columns=1)
+    ax.plot(angle.cos(), angle.sin(), color="0.7")
+    ax.set(xlabel="real part (no unit)", ylabel="imaginary part (no unit)", aspect=1)
 
 
-def chirps():
-    """Three inputs whose frequency grows threefold: (1, 3, 1024)."""
+def memory_of(A_bar):
+    """The number of steps in which A_bar^k falls to 1/e, for each number of A_bar."""
+    return -1 / A_bar.abs().log()
+
+
+# ---- one figure for each model file ----
+
+def draw_s4d(figure):
+    """One output, computed in four ways."""
+    ax = figure.subplots()
+    layer = S4D(1, dt_min=0.01, dt_max=0.01)
     t = torch.arange(1024) / 1024
-    frequency = torch.tensor([[2.0], [3.0], [5.0]])
-    return torch.sin(2 * math.pi * frequency * (t + t ** 2))[None]
-
-
-def difference(y, exact):
-    """The largest |y - exact|, relative to the largest |exact|, as text."""
-    return f"{float((y - exact).abs().max() / exact.abs().max()):.1g}"
-
-
-def draw_outputs(modes, rates, layer, methods):
-    """Feature 1 of the output, by all methods, and for every second sample.
-
-    methods: {name: method}, the first is the one that the others are compared with
-    """
-    u = chirps()
-    y = {}
-    for name, method in methods.items():
-        y[name] = layer(u, method=method)[0][0, 1]
-    pieces = []
+    u = torch.sin(2 * math.pi * 3 * (t + t ** 2))[None, None]           # (1, 1, 1024)
+    y, _ = layer(u)
+    steps, _ = layer(u, method="step")
+    half, _ = layer(u[..., 1::2], rate=2.0)
+    ax.plot(u[0, 0], color="0.75", label="input u")
+    ax.plot(y[0, 0], lw=10, label="convolution of the whole sequence")
+    ax.plot(steps[0, 0], lw=6, label="recurrence, step by step")
+    lengths = [300, 150, 350, 224]
     state = layer.initial_state(1)
-    for chunk in u.split([100, 1, 411, 512], dim=-1):
-        piece, state = layer(chunk, state)
-        pieces.append(piece[0, 1])
-    y["four pieces, state handed on"] = torch.cat(pieces)
-    first = next(iter(methods))
-    whole = y[first]
-
-    modes.plot(u[0, 1], color="0.7", label="input u")
-    modes.plot(whole, lw=9, label=first)
-    del y[first]
-    for width, (name, line) in zip((6.5, 4, 1.5), y.items()):           # the widest below
-        modes.plot(line, lw=width, label=f"{name}: {difference(line, whole)}")
-    modes.set(title="One output, computed in different ways", xlabel=STEP,
-              ylabel="u, y (no unit)")
-    legend_below(modes, 2, f"largest difference from the {first}, relative to max |y|")
-
-    rates.plot(whole, color="0.7", lw=6, label="all samples, rate 1")
-    for rate, style in ((2.0, "-"), (1.0, ":")):
-        half, _ = layer(u[..., 1::2], rate=rate)
-        text = difference(half[0, 1], whole[1::2])
-        rates.plot(range(1, 1024, 2), half[0, 1], style, lw=2,
-                   label=f"every second sample, rate {rate:.0f}: {text}")
-    rates.set(title="Half the sampling frequency, no retraining", xlabel=STEP,
-              ylabel="y (no unit)")
-    legend_below(rates, 2, "largest difference from all samples, relative to max |y|")
+    pieces = []
+    for piece in u.split(lengths, -1):
+        y, state = layer(piece, state)
+        pieces.append(y[0, 0])
+    ends = [sum(lengths[:i]) - 1 for i in (1, 2, 3)]
+    ax.plot(torch.cat(pieces), "o-", color="black", ms=10, mfc="white", lw=2,
+            markevery=ends, label="convolution of four pieces, the state handed on at o")
+    ax.plot(range(1, 1024, 32), half[0, 0, ::16], "D", color="gold", mec="black", ms=5,
+            label="every second sample at rate 2 (one of 16 drawn)")
+    ax.set(title="S4D: one output, computed in four ways", xlabel=STEP,
+           ylabel="u, y (no unit)")
+    legend_below(ax, 2)
 
 
-def draw_memory(past, basis, signal, measure, scale, reach):
-    """The last reach steps of signal from the last state, dt = 1 / scale; its basis."""
-    age = torch.arange(reach, dtype=torch.float64)      # steps before the present
-    past.plot(signal, color="0.7", lw=4, label="signal u")
-    for n in (8, 16, 32):
-        layer = LSSL(1, n, measure=measure, dt_min=1 / scale, dt_max=1 / scale).double()
-        _, state = layer(signal[None, None], layer.initial_state(1))
-        remembered = reconstruct(measure, state[0, 0], age / scale)
-        past.plot(len(signal) - 1 - age, remembered, label=f"from the last state, n = {n}")
-    past.set(ylim=(-3, 3), xlabel=STEP, ylabel="u (no unit)")
-    legend_below(past, columns=2)
-    for i in range(4):
-        one = F.one_hot(torch.tensor(i), 4).double()
-        basis.plot(-age, reconstruct(measure, one, age / scale), label=f"i = {i}")
-    basis.set(xlabel="time from the present (samples)", ylabel="sqrt(2i+1) P_i (no unit)")
-    legend_below(basis, columns=4)
+def draw_s4(figure):
+    """HiPPO is normal plus low rank, and why its kernel is computed on a small circle."""
+    matrices, plots = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+    A, _ = hippo_legendre("legs", 16)
+    P = torch.sqrt(torch.arange(16) + 0.5)
+    PP = torch.outer(P, P).double()
+    parts = {"A of HiPPO-LegS": A, "=  a normal matrix": A + PP, "-  P P*, of rank 1": -PP}
+    axes = matrices.subplots(1, 3)
+    for ax, (title, part) in zip(axes, parts.items()):
+        image = ax.imshow(part, cmap="RdBu_r", vmin=-32, vmax=32)
+        ax.set(title=title, xlabel="column j", ylabel="row i")
+    matrices.colorbar(image, ax=axes, label="entry (1 / time)")
+    eigenvectors, kernel = plots.subplots(1, 2, width_ratios=(1, 2))
+    draw_eigenvector_conditions(eigenvectors)
+    draw_wrapped_kernel(kernel)
 
 
-# ------------------------------ figures
-def draw_convolution_layer(figure, layer, exact=None):
-    """S4D, S4, DSS, GSS: eigenvalues and kernels for three step sizes, and the outputs.
-
-    exact: the eigenvalues of A, where rounding spoils those of A_bar (bilinear)
-    """
-    axes = figure.subplot_mosaic("emkk;oorr")
-    layer.log_dt.copy_(torch.tensor([1e-3, 1e-2, 1e-1]).log())
-    dt = layer.log_dt.exp()
-    labels = [f"dt = {x:.3f}" for x in dt]
-    A_bar = layer.discretize(1.0)[0]                    # (h, n), S4: (h, n, n)
-    if A_bar.ndim == 3:
-        A_bar = torch.linalg.eigvals(A_bar)
-    points = dict(zip(labels, A_bar))
-    if exact is not None:
-        half = dt[:, None] * exact / 2                  # (h, n)
-        points["all three, without rounding"] = ((1 + half) / (1 - half)).flatten()
-    draw_eigenvalues(axes["e"], axes["m"], points)
-    for label, K in zip(labels, layer.kernel(1024)):
-        axes["k"].plot(K / K.abs().max(), lw=1, label=label)
-    axes["k"].set(title="Kernels, each scaled to 1", xlabel=STEP,
-                  ylabel="K_k / max |K| (no unit)")
-    legend_below(axes["k"], columns=3)
-    methods = {"convolution": "conv", "step by step": "step"}
-    draw_outputs(axes["o"], axes["r"], layer, methods)
+def draw_eigenvector_conditions(ax):
+    """How much changing to the basis of eigenvectors amplifies an error, by n."""
+    sizes = range(2, 23, 2)
+    conditions = {"A": [], "normal part": []}
+    for n in sizes:
+        A, B = hippo_legendre("legs", n)
+        normal = A + torch.outer(B, B) / 2                              # P P* = B B* / 2
+        _, V = torch.linalg.eig(A)
+        conditions["A"].append(torch.linalg.cond(V))
+        _, V = torch.linalg.eig(normal)
+        conditions["normal part"].append(torch.linalg.cond(V))
+    for label, values in conditions.items():
+        ax.semilogy(sizes, values, ".-", label=label)
+    ax.axhline(2 ** 53, color="0.5", ls=":", label="double precision lost")
+    ax.set(title="Rounding, amplified by eigenvectors", xlabel="number of states n",
+           ylabel="condition number (no unit)")
+    ax.legend()
 
 
-def draw_scan_layer(figure, layer):
-    """S5, LRU: eigenvalues for two rates, the output without an input, and the outputs."""
-    axes = figure.subplot_mosaic("emff;oorr")
-    points = {}
-    for rate in (1.0, 4.0):
-        points[f"rate {rate:.0f}"] = layer.discretize(rate)[0]
-    draw_eigenvalues(axes["e"], axes["m"], points)
-    state = torch.randn_like(layer.initial_state(1))
-    y, _ = layer(torch.zeros(1, 3, 1024), state)
-    for i in range(3):
-        axes["f"].plot(y[0, i], lw=1, label=f"output {i}")
-    axes["f"].set(title="Free-running from a random state, u = 0", xlabel=STEP,
-                  ylabel="y (no unit)")
-    legend_below(axes["f"], columns=3)
-    methods = {"scan": "scan", "convolution": "conv", "step by step": "step"}
-    draw_outputs(axes["o"], axes["r"], layer, methods)
+def draw_wrapped_kernel(ax):
+    """l points on a circle of radius q give K_k + q^l K_{k+l} + q^{2l} K_{k+2l} + ..."""
+    l = 256
+    layer = S4(1, 64, dt_min=2e-3, dt_max=2e-3)
+    K = layer.kernel(16 * l)[0]
+    unit_circle = K.view(16, l).sum(0)                                  # q = 1
+    small_circle = layer.kernel(l)[0]                                   # q^l = 1e-8
+    ax.plot(K[:2 * l], color="0.75", lw=5, label="K by powers of A_bar")
+    ax.plot(unit_circle, "C1", label="l points, radius 1: the tail comes back")
+    ax.plot(small_circle, "C0", label="l points, radius q, q^l = 1e-8")
+    ax.axvline(l, color="0.5", ls=":")
+    ax.set(title="The kernel from l = 256 points on a circle", xlabel=STEP,
+           ylabel="K_k (no unit)")
+    ax.legend()
 
 
 def draw_lssl(figure):
     """What the last state remembers of a signal, in two bases."""
-    axes = figure.subplot_mosaic("ab;cd")
+    axes = figure.subplots(2, 2, width_ratios=(3, 2))
     noise = torch.randn(1024, dtype=torch.float64)
     signal = torch.fft.irfft(torch.fft.rfft(noise)[:9], 1024)   # up to 8 oscillations
     signal = signal / signal.std()
-    draw_memory(axes["a"], axes["b"], signal, "legt", scale=600, reach=600)
-    draw_memory(axes["c"], axes["d"], signal, "legs", scale=300, reach=1024)
-    axes["a"].set_title("What the state remembers: LegT, a window of 600 steps")
-    axes["b"].set_title("The first basis functions of LegT")
-    axes["c"].set_title("What the state remembers: LegS, fading with 300 steps")
-    axes["d"].set_title("The first basis functions of LegS")
+    draw_reconstruction(axes[0], signal, "legt", scale=600, reach=600)
+    draw_reconstruction(axes[1], signal, "legs", scale=300, reach=1024)
+    axes[0, 0].set_title("LegT: the state remembers a window of 600 steps")
+    axes[1, 0].set_title("LegS: all of the past, fading with 300 steps")
+    axes[0, 1].set_title("Basis functions of LegT")
+    axes[1, 1].set_title("Basis functions of LegS")
+    axes[1, 0].set_xlabel(STEP)
+    axes[1, 1].set_xlabel("time from the present (samples)")
+    for ax in axes[1]:
+        legend_below(ax, 4)
+
+
+def draw_reconstruction(axes, signal, measure, scale, reach):
+    """The last reach steps of signal from the last state, dt = 1 / scale; its basis."""
+    past, basis = axes
+    age = torch.arange(reach, dtype=torch.float64)      # steps before the present
+    past.plot(signal, color="0.75", lw=5, label="signal u")
+    for n in (8, 16, 32):
+        layer = LSSL(1, n, measure=measure, dt_min=1 / scale, dt_max=1 / scale).double()
+        _, state = layer(signal[None, None], layer.initial_state(1))
+        remembered = reconstruct(measure, state[0, 0], age / scale)
+        past.plot(len(signal) - 1 - age, remembered, label=f"n = {n} states")
+    past.set(ylim=(-3, 3), ylabel="u (no unit)")
+    for i in range(4):
+        one = F.one_hot(torch.tensor(i), 4).double()
+        basis.plot(-age, reconstruct(measure, one, age / scale), label=f"i = {i}")
+    basis.set(ylabel="sqrt(2i+1) P_i (no unit)")
+
+
+def draw_dss(figure):
+    """What the softmax does to one exponential, and to a whole kernel."""
+    axes = figure.subplot_mosaic("as;al")
+    k = torch.arange(1024)
+    for color, real in (("C0", 8.0), ("C1", 0.0), ("C2", -8.0)):
+        growth = torch.exp(k * real / 1024)
+        axes["a"].semilogy(growth, color, ls="--")
+        axes["a"].semilogy(growth / growth.sum(), color)
+        axes["a"].text(1034, growth[-1] / growth.sum(), f"{real:.0f}", color=color)
+        axes["a"].text(1034, growth[-1], f"{real:.0f}", color=color)
+    axes["a"].plot([], [], "k--", label="e^{kz}")
+    axes["a"].plot([], [], "k", label="its softmax over l_max = 1024 steps")
+    axes["a"].set(title="One exponential, for three values of l_max Re z", xlabel=STEP,
+                  ylabel="size (no unit)")
+    legend_below(axes["a"], 2)
+    for ax, dt in ((axes["s"], 0.001), (axes["l"], 0.02)):
+        softmax = DSS(1, 8, dt_min=dt, dt_max=dt)
+        plain = DSS(1, 8, version="exp", dt_min=dt, dt_max=dt)
+        plain.W.copy_(-softmax.W)           # for C is -W where e^{l_max z} is near 0
+        ax.plot(plain.kernel(1024)[0], color="0.7", lw=5, label="without: C = -W")
+        ax.plot(softmax.kernel(1024)[0], color="C3", label="with the softmax")
+        decay = math.exp(-0.5 * dt * 1024)
+        ax.set(title=f"A kernel, dt = {dt}: |e^{{l_max z}}| = {decay:.2g}",
+               ylabel="K_k (no unit)")
+    axes["l"].set_xlabel(STEP)
+    legend_below(axes["l"], 2)
+
+
+def draw_gss(figure):
+    """What a random A with dt = 1 remembers, and what two other starts do."""
+    disk, memory = figure.subplots(1, 2, width_ratios=(1, 1.4))
+    ours = GSS(64, bottleneck=1)
+    paper = GSS(64, bottleneck=1)
+    paper.log_A_real.normal_()                          # exponentials of normal numbers
+    paper.A_imag.log_normal_()
+    s4d = GSS(64, bottleneck=1, measure="diag-lin", dt_min=1e-3, dt_max=0.1)
+    draw_unit_circle(disk)
+    for layer, label in ((ours, "diag-rand, dt = 1"), (paper, "as in the paper, dt = 1"),
+                         (s4d, "diag-lin, dt from 0.001 to 0.1, as S4D")):
+        A_bar = layer.discretize()[0][:4].flatten()
+        if layer is not s4d:
+            disk.plot(A_bar.real, A_bar.imag, ".", ms=4)
+        size = layer.kernel(4096).square().mean(0).sqrt()       # over 64 features
+        memory.loglog(range(1, 4097), size / size[0], label=label)
+    disk.set_title("Eigenvalues of A_bar = exp(A)")
+    memory.set(title="How far back the kernels reach", ylim=(1e-4, 3),
+               xlabel="step k + 1 (samples)", ylabel="root mean square of K_k (K_0: 1)")
+    legend_below(memory, 2)
+
+
+def draw_s5(figure):
+    """The scan in blocks: all blocks from zero, a scan of their ends, all blocks again."""
+    first, second = figure.subplots(1, 2, sharey=True)
+    T = 8
+    l = 5 * T
+    a = torch.tensor([0.93 + 0j]) * torch.tensor([0.25j]).exp()         # (1)
+    v = torch.randn(l, 1, dtype=a.dtype)
+    zero = torch.zeros_like(a)
+    x = loop_scan(a, v, zero)                                           # (l, 1)
+    blocks = v.view(-1, T, 1)                                           # (J, T, 1)
+    from_zero = loop_scan(a, blocks, torch.zeros(len(blocks), 1, dtype=a.dtype))
+    ends = from_zero[:, -1]                                             # (J, 1)
+    starts = linear_scan(a ** T, ends, zero)        # the states after each block
+    from_start = loop_scan(a, blocks, torch.cat([zero[None], starts[:-1]]))
+    for ax, states in ((first, from_zero), (second, from_start)):
+        ax.plot(x.real, color="0.75", lw=6, label="the loop, step by step")
+        for j, block in enumerate(states):
+            ax.plot(range(j * T, j * T + T), block.real, ".-", color=f"C{j}")
+            ax.axvline(j * T - 0.5, color="0.8", lw=0.8)
+        ax.set(xlabel=STEP)
+    k = range(T - 1, l, T)
+    first.plot(k, ends.real, "o", color="black", label="the end of a block")
+    second.plot(k, starts.real, "s", color="black", label="a scan of the ends alone")
+    first.set(title="Each block of 8 steps from 0", ylabel="Re x_k (no unit)")
+    second.set(title="Each block again, from where it really starts")
+    for ax in (first, second):
+        legend_below(ax, 2)
+
+
+def draw_lru(figure):
+    """Where lambda starts, and for how many steps its states remember."""
+    disk, memory = figure.subplots(1, 2, width_ratios=(1, 1.4))
+    draw_unit_circle(disk)
+    for r_min, r_max in ((0.0, 1.0), (0.9, 0.999), (0.99, 0.9999)):
+        A_bar, _, _ = LRU(1, 5000, r_min=r_min, r_max=r_max).discretize()
+        disk.plot(A_bar[:400].real, A_bar[:400].imag, ".", ms=3)
+        share = torch.arange(5000, 0, -1) / 5000
+        memory.loglog(memory_of(A_bar).sort().values, share,
+                      label=f"r_min = {r_min:g}, r_max = {r_max:g}")
+    disk.set_title("lambda, uniform on a ring")
+    memory.set(title="For how many steps the states remember", xlim=(1, 2e4),
+               xlabel="memory -1 / log |lambda| (steps)", ylim=(2e-3, 1.3),
+               ylabel="share of states with more (no unit)")
+    memory.legend()
 
 
 def draw_selective_scan(figure):
     """A flag in the input opens dt, and the state keeps the flagged value."""
-    signal, step_size, memory = figure.subplots(3, 1)
+    signal, step_size, memory = figure.subplots(3, 1, sharex=True)
     flagged = [20, 60, 95, 150]
     flag = torch.zeros(1, 1, 200)                       # (b, d, l), and (b, n, l)
     flag[..., flagged] = 1.0
@@ -193,64 +284,245 @@ def draw_selective_scan(figure):
     one = torch.ones(1, 1, 200)
     selective = selective_scan_fn(u, dt, A, 0.1 * flag, one)    # dt B = 1 at a flag
     even = selective_scan_fn(u, 0.1 * one, A, one, one)
-
     signal.plot(u[0, 0], ".-", color="0.7", label="value")
-    signal.plot(flagged, u[0, 0, flagged], "o", color="C1", label="flagged: to be kept")
+    signal.plot(flagged, u[0, 0, flagged], "o", color="C1", label="flagged, to be kept")
     signal.set(title="Selective copying: keep the flagged values, ignore the others",
-               xlabel=STEP, ylabel="input u (no unit)")
-    step_size.semilogy(dt[0, 0], color="C2", drawstyle="steps-mid",
-                       label="dt_k = softplus(18 flag_k - 8)")
-    step_size.set(title="The step size depends on the input", xlabel=STEP,
-                  ylabel="dt_k (time per sample)")
-    memory.plot(selective[0, 0], color="C1", drawstyle="steps-mid",
-                label="selective: exp(dt_k A) is 1 between flags and 0 at a flag")
+               ylabel="input u (no unit)")
+    step_size.semilogy(dt[0, 0], color="C2", drawstyle="steps-mid")
+    step_size.set(title="The step size depends on the input: softplus(18 flag_k - 8)",
+                  ylabel="dt_k (time)")
+    memory.plot(selective[0, 0], color="C1", drawstyle="steps-mid", label="selective")
     memory.plot(flagged, u[0, 0, flagged], "o", color="C1")
-    memory.plot(even[0, 0], color="C0", label="time-invariant: dt = 0.1 for every sample")
-    memory.set(title="The memory, A = -1", xlabel=STEP, ylabel="output y (no unit)")
-    for ax in (signal, step_size, memory):
-        legend_below(ax, columns=2)
+    memory.plot(even[0, 0], color="C0", label="dt = 0.1 for every sample")
+    memory.set(title="What is kept: exp(dt_k A) is 1 between flags and 0 at a flag",
+               xlabel=STEP, ylabel="output y (no unit)")
+    signal.legend(loc="upper right", ncols=2)
+    memory.legend(loc="upper right", ncols=2)
 
 
 def draw(name):
-    """The figure of that name, the same every time."""
+    """The figure of a model file, the same every time."""
+    functions = {"s4d": draw_s4d, "s4": draw_s4, "lssl": draw_lssl, "dss": draw_dss,
+                 "gss": draw_gss, "s5": draw_s5, "lru": draw_lru,
+                 "selective_scan": draw_selective_scan}
+    heights = {"s4": 6.0, "lssl": 5.6, "selective_scan": 6.0}
     torch.manual_seed(0)
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    if name == "s4d":
-        draw_convolution_layer(figure, S4D(3, 64))
-    if name == "s4":
-        hippo = -torch.arange(1, 65) + 0j               # the eigenvalues of HiPPO-LegS
-        draw_convolution_layer(figure, S4(3, 64), exact=hippo)
-    if name == "dss":
-        draw_convolution_layer(figure, DSS(3, 64))
-    if name == "gss":
-        draw_convolution_layer(figure, GSS(3, 64, bottleneck=1))
-    if name == "s5":
-        draw_scan_layer(figure, S5(3, 64))
-    if name == "lru":
-        draw_scan_layer(figure, LRU(3, 64, r_min=0.9, max_phase=0.3))
-    if name == "lssl":
-        draw_lssl(figure)
-    if name == "selective_scan":
-        draw_selective_scan(figure)
+    figure = Figure(figsize=(9, heights.get(name, 4.2)), layout="constrained")
+    with torch.no_grad():
+        functions[name](figure)
     return figure
 
 
-# ------------------------------ command line
-def main():
-    parser = argparse.ArgumentParser(description="Draw the pictures of README.md.")
-    parser.add_argument("--only", choices=NAMES, help="draw this one, default: all")
+# ---- a network of example.py, before and after training ----
+
+def draw_run(folder, data_dir):
+    """Memory, then eigenvalues of A_bar, step sizes and their course along an image, where
+    the layers have them: of the best network of a run, and of the one it started from."""
+    saved = example.load(folder / "best.pt")
+    args = Namespace(**saved["args"])
+    before = example.build_network(args).eval()         # draws what its seed drew
+    after = example.load_network(folder / "best.pt")
+    before.mean.copy_(after.mean)                       # pixels enter in the same units
+    before.std.copy_(after.std)
+    images = test_images(args, data_dir, 8)
+    panels = [draw_memory]
+    if eigenvalues(after) is not None:
+        panels.append(draw_eigenvalues)
+    if step_sizes(after, images) is not None:
+        panels.append(draw_step_sizes)
+    maps = selected(after, images[:1])
+    figure = Figure(figsize=(10, 6.4 if maps else 3.8), layout="constrained")
+    rows = figure.subfigures(2, 1) if maps else [figure]
+    for ax, panel in zip(rows[0].subplots(1, len(panels), squeeze=False)[0], panels):
+        panel(ax, {"before training": before, "after training": after}, images)
+    if maps:
+        draw_selected(rows[1], images[0], maps)
+    accuracy = max(row["val_accuracy"] for row in saved["history"])
+    figure.suptitle(f"{args.model} on {args.data}: validation accuracy {accuracy:.1%}")
+    return figure, args.model
+
+
+def test_images(args, data_dir, n):
+    """n images (n, 1024, c) of the data that the run was trained on, or built-in ones."""
+    folder = data_dir / example.FOLDER
+    if args.data != "cifar10" or not folder.is_dir():
+        folder = None
+    flags = vars(args) | {"limit": n, "device": "cpu"}
+    return example.load_data(Namespace(**flags), folder)[2].float()
+
+
+def memory(net, images):
+    """The size of d y_L / d u_{L-k}, against the lag k: (l), averaged over the images.
+
+    y_L: the class scores by the last step alone, not by the mean over all steps. u: the
+    pixels, 0 to 255. The size is the root of the sum of squares over scores and colours.
+    """
+    u = images.clone().requires_grad_()                         # (b, l, c)
+    pool = net.pool
+    net.pool = False
+    with torch.enable_grad():
+        y, _ = net(u)                                           # (b, l, 10)
+        square = 0
+        for score in y[:, -1].sum(0):       # the sum over images, which are independent
+            gradient, = torch.autograd.grad(score, u, retain_graph=True)
+            square = square + gradient.square().sum(-1)         # (b, l)
+    net.pool = pool
+    return square.sqrt().mean(0).flip(0)
+
+
+def eigenvalues(net):
+    """Those of A_bar in all layers, in one row; None where A_bar depends on the input.
+
+    In s4.py discretize() begins with the diagonal a of A_bar = a - Q S: the eigenvalues of
+    the normal part. Those of A_bar itself drown in rounding, as s4.png shows.
+    """
+    found = []
+    for layer in net.layers:
+        if hasattr(layer.ssm, "select"):
+            return None
+        A_bar = layer.ssm.discretize()[0].detach()
+        if not A_bar.is_complex():                              # lssl: (h, n, n)
+            A_bar = torch.linalg.eigvals(A_bar)
+        found.append(A_bar.flatten())
+    return torch.cat(found)
+
+
+def selected(net, images):
+    """dt along the images, for each selective layer: a list of (b, l, d)."""
+    found = []
+
+    def keep(module, inputs, output):
+        found.append(F.softplus(output.detach()))
+
+    layers = [layer.ssm for layer in net.layers if hasattr(layer.ssm, "select")]
+    hooks = [layer.dt_proj.register_forward_hook(keep) for layer in layers]
+    with torch.no_grad():
+        net(images)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def step_sizes(net, images):
+    """All dt in one row: parameters, or selected along the images; None without any."""
+    found = selected(net, images)
+    for name, parameter in net.named_parameters():
+        if name.endswith(("log_dt", "log_step")):
+            found.append(parameter.detach().exp())
+    return torch.cat([dt.flatten() for dt in found]) if found else None
+
+
+def draw_memory(ax, nets, images):
+    for color, (label, net) in zip(("0.6", "C3"), nets.items()):
+        ax.semilogy(memory(net, images), color=color, lw=1, label=label)
+    ax.set(title="Memory of the network", xlabel="lag k (pixels)",
+           ylabel="|d y_L / d u_{L-k}| (score per grey level)")
+    legend_below(ax, 2)
+
+
+def draw_eigenvalues(ax, nets, images):
+    for (color, size), (label, net) in zip((("0.6", 7), ("C3", 3)), nets.items()):
+        A_bar = eigenvalues(net)
+        A_bar = A_bar[torch.linspace(0, len(A_bar) - 1, 500).long()]        # enough dots
+        ax.plot(A_bar.angle().abs(), memory_of(A_bar), ".", color=color, ms=size,
+                label=label)
+    ax.set_xscale("symlog", linthresh=1e-3)             # linear around 0
+    ax.set(title="Eigenvalues of A_bar", xlabel="frequency |angle| (rad per step)",
+           ylabel="memory -1 / log |A_bar| (steps)", yscale="log")
+    legend_below(ax, 2)
+
+
+def draw_step_sizes(ax, nets, images):
+    every = {label: step_sizes(net, images) for label, net in nets.items()}
+    low = min(dt.min() for dt in every.values()).log10()
+    high = max(dt.max() for dt in every.values()).log10()
+    bins = torch.logspace(low - 0.1, high + 0.1, 25)
+    for color, (label, dt) in zip(("0.6", "C3"), every.items()):
+        weights = torch.full_like(dt, 100 / len(dt))
+        ax.hist(dt.numpy(), bins.numpy(), weights=weights.numpy(), histtype="step",
+                color=color, label=label)
+    ax.set(title="Step sizes", xlabel="dt (time per step)", ylabel="share (%)",
+           xscale="log")
+    legend_below(ax, 2)
+
+
+def draw_selected(figure, image, maps):
+    """An image (l, c), and over its pixels the dt of each layer: the mean of log dt."""
+    side = math.isqrt(len(image))
+    means = [dt[0].log10().mean(-1).view(side, side) for dt in maps]
+    first, *axes = figure.subplots(1, 1 + len(maps))
+    first.imshow(image.view(side, side, -1).numpy() / 255, cmap="gray")
+    first.set(title="The image", xlabel="column", ylabel="row")
+    for i, (ax, mean) in enumerate(zip(axes, means), 1):
+        picture = ax.imshow(mean.numpy(), cmap="viridis")
+        ax.set(title=f"log10 dt, layer {i}", xlabel="column")
+        figure.colorbar(picture, ax=ax, shrink=0.8)
+
+
+# ---- the training curves of several runs ----
+
+def draw_curves(folder):
+    """The validation accuracy of every run in a folder, each curve with its name."""
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    ax = figure.subplots()
+    ends = {}
+    for i, name in enumerate(example.MODELS):
+        path = folder / name / "metrics.csv"
+        if path.exists():
+            with open(path) as file:
+                rows = list(csv.DictReader(file))
+            epochs = [int(row["epoch"]) for row in rows]
+            accuracy = [100 * float(row["val_accuracy"]) for row in rows]
+            ax.plot(epochs, accuracy, ".-", color=f"C{i}")
+            ends[name] = (epochs[-1], accuracy[-1], f"C{i}")
+    example.check(ends, f"no <model>/metrics.csv in {folder}: pass a folder of runs")
+    ax.set(title="Validation accuracy in training", xlabel="epoch", ylabel="accuracy (%)")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    low, high = ax.get_ylim()
+    height = low
+    for name, (epoch, accuracy, color) in sorted(ends.items(), key=lambda item: item[1][1]):
+        height = max(accuracy, height + 0.05 * (high - low))    # names do not overlap
+        ax.annotate(f"{name} {accuracy:.1f}", (epoch, accuracy), (epoch + 0.1, height),
+                    color=color, va="center", annotation_clip=False)
+    ax.set_xlim(right=max(epoch for epoch, _, _ in ends.values()) * 1.25)
+    return figure
+
+
+# ---- the command line ----
+
+def save(figure, folder, name):
+    """Write a figure as folder/name.png, about 900 pixels wide."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=90)
+    print("wrote", folder / f"{name}.png")
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--only", choices=NAMES, help="draw this one, default: all")
+    what.add_argument("--run", type=Path, metavar="FOLDER", help="with best.pt of a run")
+    what.add_argument("--curves", type=Path, metavar="FOLDER", help="of several runs")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"),
+                        help="of CIFAR-10, for the images of --run (%(default)s)")
     parser.add_argument("--out", type=Path, default=HERE, help="folder (%(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.out.is_file():
         parser.error(f"--out {args.out} is a file, pass a folder")
-    args.out.mkdir(parents=True, exist_ok=True)
-    names = [args.only] if args.only else NAMES
-    for name in names:
-        path = args.out / f"{name}.png"
-        with torch.no_grad():
-            draw(name).savefig(path, dpi=100)
-        print("wrote", path)
+    try:
+        with matplotlib.rc_context(STYLE):
+            if args.run:
+                figure, model = draw_run(args.run, args.data_dir)
+                save(figure, args.out, f"run_{model}")
+            elif args.curves:
+                save(draw_curves(args.curves), args.out, "cifar")
+            else:
+                for name in [args.only] if args.only else NAMES:
+                    save(draw(name), args.out, name)
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
