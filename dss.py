@@ -99,7 +99,7 @@ class DSS(nn.Module):
         return torch.exp(z), torch.where(Lambda == 0, limit, B_bar), C
 
     def initial_state(self, batch_size):
-        """x_{-1} = 0: (b, h, n) complex128, so that steps do not add up rounding."""
+        """x_{-1} = 0: (b, h, n) complex128, so that long runs of steps stay exact."""
         return self.D.new_zeros(batch_size, self.h, self.n, dtype=torch.complex128)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
@@ -123,7 +123,7 @@ class DSS(nn.Module):
         """u (b, h, l), state (b, h, n) or None -> y (b, h, l), last state or None.
 
         rate: factor on dt: 2.0 for the same signal sampled half as often
-        method: conv is (3), whose rounding is relative to the largest u, or step, (2)
+        method: conv, (3), whose rounding errors are in proportion to max |u|, or step, (2)
         Raises ValueError for a u, state, rate or method that does not fit.
         """
         self.check_input(u, 3, state)
@@ -133,7 +133,7 @@ class DSS(nn.Module):
         A_bar, B_bar, C = self.discretize(rate)
         l = u.shape[-1]
         v = u.to(self.D.dtype)
-        A_k = powers(A_bar, l, v.dtype)                         # A_bar^k for all k < l
+        A_k = powers(A_bar, l, v.dtype)                         # A_bar^k, as two factors
         K = vandermonde(C * B_bar, A_k, l)                  # (h, l), as in kernel()
         y = fft_conv(v, K) + self.D[:, None] * v                # (b, h, l)
         if state is None:
@@ -144,7 +144,7 @@ class DSS(nn.Module):
         return y.to(u.dtype), last
 
     def recurrence(self, u, state, rate):
-        """(2), one step after the other: the same numbers as forward()."""
+        """(2), one step after the other: equal to the parallel form up to rounding."""
         x = self.initial_state(u.shape[0]) if state is None else state
         discrete = self.discretize(rate)
         outputs = []
@@ -182,14 +182,15 @@ def softmax_weights(W, Lambda, z, l_max):
 # ---- sums with all powers of A_bar ----
 
 def powers(A_bar, l, dtype):
-    """A_bar^k for k < l in two parts: A_bar^{jT} (h, J, n), A_bar^i (h, T, n), k = jT + i.
+    """A_bar^k, k < l, as two factors: A_bar^{jT} (h, J, n), A_bar^i (h, T, n), k = jT + i.
 
     Like the tens and the ones of a number: with T = sqrt(l), about 2 sqrt(l) powers take
     the place of l, and sums over n are matrix products, without an (h, n, l) array.
     """
     T = int(l ** 0.5)
+    J = (l + T - 1) // T                                        # l / T, rounded up
     ones = first_powers(A_bar, T)
-    tens = first_powers(ones[:, -1] * A_bar, -(-l // T))        # of A_bar^T
+    tens = first_powers(ones[:, -1] * A_bar, J)                 # powers of A_bar^T
     dtype = torch.promote_types(dtype, torch.complex64)         # its complex type
     return tens.to(dtype), ones.to(dtype)
 
@@ -199,7 +200,7 @@ def first_powers(a, count):
     x = torch.ones_like(a)[:, None]
     a = a[:, None]
     while x.shape[1] < count:
-        x = torch.cat([x, a * x], 1)                    # m powers, and a is a^m: 2m powers
+        x = torch.cat([x, a * x], 1)                    # x: m powers, a: the m-th
         a = a * a
     return x[:, :count]
 
@@ -208,7 +209,8 @@ def vandermonde(v, A_k, l):
     """Re sum_n v_n A_bar_n^k for k < l: v (.., h, n), A_k from powers() -> (.., h, l)."""
     tens, ones = A_k                                            # (h, J, n), (h, T, n)
     v = v.to(tens.dtype)[..., None, :] * tens                   # (.., h, J, n)
-    return torch.einsum("...hjn,hin->...hji", v, ones).real.flatten(-2)[..., :l]
+    K = torch.einsum("...hjn,hin->...hji", v, ones).real        # at time jT + i
+    return K.flatten(-2)[..., :l]
 
 
 def last_state(u, B_bar, A_k):

@@ -96,7 +96,7 @@ class LRU(nn.Module):
         return torch.exp(rate * log), B_bar, torch.view_as_complex(self.C.double())
 
     def initial_state(self, batch_size):
-        """x_{-1} = 0: (b, n) complex128, so that steps do not add up rounding."""
+        """x_{-1} = 0: (b, n) complex128, so that long runs of steps stay exact."""
         return self.D.new_zeros(batch_size, self.n, dtype=torch.complex128)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
@@ -131,7 +131,7 @@ class LRU(nn.Module):
         return y.to(u.dtype), last
 
     def recurrence(self, u, state, rate):
-        """(2), one step after the other: the same numbers as forward()."""
+        """(2), one step after the other: equal to the parallel form up to rounding."""
         x = self.initial_state(u.shape[0]) if state is None else state
         discrete = self.discretize(rate)
         outputs = []

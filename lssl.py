@@ -114,7 +114,7 @@ class LSSL(nn.Module):
         return A_bar, times(inverse, dtB), self.C.double()
 
     def initial_state(self, batch_size):
-        """x_{-1} = 0: (b, h, n) float64, so that steps do not add up rounding."""
+        """x_{-1} = 0: (b, h, n) float64, so that long runs of steps stay exact."""
         return self.D.new_zeros(batch_size, self.h, self.n, dtype=torch.float64)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
@@ -141,7 +141,7 @@ class LSSL(nn.Module):
         """u (b, h, l), state (b, h, n) or None -> y (b, m h, l), last state or None.
 
         rate: factor on dt: 2.0 for the same signal sampled half as often
-        method: conv is (3), whose rounding is relative to the largest u, or step, (2)
+        method: conv, (3), whose rounding errors are in proportion to max |u|, or step, (2)
         Raises ValueError for a u, state, rate or method that does not fit.
         """
         self.check_input(u, 3, state)
@@ -166,7 +166,7 @@ class LSSL(nn.Module):
         return y.flatten(1, 2).to(u.dtype), last
 
     def recurrence(self, u, state, rate):
-        """(2), one step after the other: the same numbers as forward()."""
+        """(2), one step after the other: equal to the parallel form up to rounding."""
         x = self.initial_state(u.shape[0]) if state is None else state
         discrete = self.discretize(rate)
         outputs = []

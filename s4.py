@@ -7,14 +7,15 @@ Each of the h features u(t) drives a linear system of its own, with n states:
 
     x'(t) = A x(t) + B u(t),    y(t) = C x(t) + D u(t).                            (1)
 
-Sampled every dt, this is a recurrence, and unrolled, from x_{-1} = 0, a convolution:
+Sampled every dt, with u held before each sample, this is a recurrence, and unrolled, from
+x_{-1} = 0, a convolution:
 
     x_k = A_bar x_{k-1} + B_bar u_k,    y_k = C x_k + D u_k,                       (2)
     y = K * u + D u,    K_k = C A_bar^k B_bar.                                     (3)
 
 What was wrong before. HiPPO-LegS, which makes long memory work, is dense, and cannot be
-diagonalized in floating point: its eigenvectors grow exponentially with n. So LSSL takes
-n^2 operations for a step and n^3 log l for a kernel.
+diagonalized in floating point: the condition of its eigenvectors is exponential in n. So
+lssl.py takes n^2 operations for a step and n^3 log l for a kernel.
 
 The idea. HiPPO is normal plus low rank, and a normal matrix has unitary eigenvectors V:
 
@@ -24,25 +25,25 @@ From here on A, B, C and x are in that basis. The bilinear transform,
 
     A_bar = (1 - dt/2 A)^{-1} (1 + dt/2 A),    B_bar = (1 - dt/2 A)^{-1} dt B,     (5)
 
-inverts a diagonal minus low rank, so by the Woodbury identity A_bar is of that form too: a
-step takes O(n r) operations, see discretize(). And with s = 2 (1 - z) / (1 + z) the sum of
-all K_k z^k needs A only in a resolvent,
+inverts diagonal plus low rank, so by the Woodbury identity A_bar is diagonal minus low
+rank: a step takes O(n r) operations, see discretize(). And with s = 2 (1 - z) / (1 + z) the
+sum of all K_k z^k needs A only in a resolvent,
 
     sum_k K_k z^k = C (1 - z A_bar)^{-1} B_bar = 2/(1+z) C (s - dt A)^{-1} dt B.   (6)
 
-R = dt (s - dt Lambda)^{-1} is diagonal, which makes CB = C R B, CP = C R P, PB = P* R B and
-PP = P* R P sums over n, Cauchy sums. Woodbury puts them together:
+G = dt (s - dt Lambda)^{-1} is diagonal, which makes CB = C G B, CP = C G P, PB = P* G B and
+PP = P* G P sums over n of some v / (s - w), Cauchy sums. Woodbury puts them together:
 
     C (s - dt A)^{-1} dt B = CB - CP (1 + PP)^{-1} PB.                             (7)
 
 An inverse FFT takes (6), for l numbers z on a circle, back to K. Differs from the paper:
 the circle has a radius q < 1, with q^l = 1e-8, so that the FFT adds q^l K_{k+l} + ... to
-K_k, nothing in a stable system. On the unit circle the parameter must be C (1 - A_bar^l),
-for one length and one rate. And P P* for P Q* keeps a trained A stable (2202.09729).
+K_k, 1e-8 of a later K. With q = 1, as there, the parameter has to be C (1 - A_bar^l), for
+one length and one rate. And P P* for P Q* keeps a trained A stable (2202.09729).
 
 Why bilinear? Zero-order hold needs the exponential of a dense matrix, and has no (6).
-Why n/2? Eigenvalues come in conjugate pairs, as do B, C, P and x. The second of a pair adds
-the conjugate of what the first adds, so half are stored, and C x over all n is 2 Re(C x).
+Why n/2? Eigenvalues come in conjugate pairs (0 in fout twice), as do B, C, P and x. The
+second of a pair adds the conjugate of the first, so C x over all n is 2 Re(C x) over n/2.
 
 Symbols: b batch, h features of the SSM, n states (d_state), l length, m channels, r rank.
 u (b, h, l), y (b, m h, l); x (b, h, n/2), Lambda, B, B_bar (h, n/2), P (r, h, n/2) and
@@ -60,9 +61,9 @@ from torch.nn import functional as F
 
 class S4(nn.Module):
     """(b, d_model, l) -> (b, m d_model, l), with D, without activation and without mixing
-    of features, except in the Block around it that gate and bottleneck make.
+    of features, except in the Block around it if gate or bottleneck is given.
 
-    d_model, d_state: h (times bottleneck), and n (even), stored as n/2 complex numbers
+    d_model: h, or h bottleneck. d_state: n (even), stored as n/2 complex numbers
     mode: nplr, as above, or diag: A = Lambda, as in s4d.py
     measure: where A starts. nplr: legs, legt, fout, or hippo (legs and fout in turn);
         diag: see initial_eigenvalues
@@ -72,7 +73,7 @@ class S4(nn.Module):
     rank: rank of P, at least that of the measure; more columns start as small noise
     n_ssm: number of different (A, B); feature i uses number i mod n_ssm. Default: h
     channels: m outputs for each feature: channel c of feature i is output c h + i
-    bidirectional: add sum_{j >= 1} K'_{j-1} u_{k+j} with a second C; without a state
+    bidirectional: add sum_{j >= 1} K'_{j-1} u_{k+j}, K' that of a second C; no state then
     gate, bottleneck: put the SSM in the Block of gss.py
     l_max: disc dss normalizes over so many steps, at rate 1; longer l go on, as in dss.py
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
@@ -127,7 +128,7 @@ class S4(nn.Module):
         """(5) at step size rate * dt: a, B_bar (h, n/2), Q, S (r, h, n/2), C (m, h, n/2),
         with A_bar x = a x - Q S x; complex128, because an error of A_bar grows k-fold in
         A_bar^k. By Woodbury (1 - dt/2 A)^{-1} is R - Q S / 2, R = (1 - dt/2 Lambda)^{-1},
-        S = P* R and Q = dt R P (1 + dt/2 P* R P)^{-1}; A_bar is twice that, minus 1."""
+        S = P* R, Q = dt R P (1 + dt/2 P* R P)^{-1}, and (5) is 2 (1 - dt/2 A)^{-1} - 1."""
         Lambda, P, B, C, dt = self.continuous(rate)
         if self.mode == "diag":
             return discretize_diagonal(self, Lambda, P, B, C, dt, rate)
@@ -141,7 +142,7 @@ class S4(nn.Module):
         return 2 * R - 1, B_bar, Q, S, C
 
     def initial_state(self, batch_size):
-        """x_{-1} = 0: (b, h, n/2) complex128, so that steps do not add up rounding."""
+        """x_{-1} = 0: (b, h, n/2) complex128, so that long runs of steps stay exact."""
         return self.D.new_zeros(batch_size, self.h, self.n // 2, dtype=torch.complex128)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
@@ -161,8 +162,8 @@ class S4(nn.Module):
         kernels for the past before those for the future."""
         if l < 1:
             raise ValueError(f"{l=}: pass a positive length")
-        # Cauchy sums, or powers of A_bar: for a longer l, where they take less time and
-        # memory; for float64, whose digits only they have; where states may grow
+        # Cauchy sums, but powers of A_bar for longer l (cheaper), for float64 (the sums are
+        # good to 1e-7 only), and where A may be unstable (then q^l K_{k+l} is large)
         short = self.mode == "nplr" and l <= 32 * self.n and self.real_type != "none"
         if short and self.D.dtype == torch.float32:
             K = cauchy_kernel(*self.continuous(rate), l)                # (m, h, l)
@@ -175,7 +176,7 @@ class S4(nn.Module):
         """u (b, d_model, l), state or None -> y (b, m d_model, l), last state or None.
 
         rate: factor on dt: 2.0 for the same signal sampled half as often
-        method: conv is (3), whose rounding is relative to the largest u, or step, (2)
+        method: conv, (3), whose rounding errors are in proportion to max |u|, or step, (2)
         Raises ValueError for a u, state, rate or method that does not fit.
         """
         self.check_input(u, 3, state)
@@ -197,7 +198,7 @@ class S4(nn.Module):
         return self.block.leave(y.flatten(1, 2).mT, w).mT.to(u.dtype), last
 
     def recurrence(self, u, state, rate):
-        """(2), one step after the other: the same numbers as forward()."""
+        """(2), one step after the other: equal to the parallel form up to rounding."""
         x = self.initial_state(u.shape[0]) if state is None else state
         discrete = self.discretize(rate)
         outputs = []
@@ -232,8 +233,8 @@ def low_rank(Q, S, x):
 def cauchy_kernel(Lambda, P, B, C, dt, l):
     """(6) and (7): K_0 ... K_{l-1}, (m, h, l) float64, from halves of conjugate pairs.
 
-    Good to 1e-7: rounding, 1e-16, is amplified by q^{-k}, at most 1e8. For fout, which has
-    an eigenvalue near 0, (7) cancels at dt > 20: digits are lost, of gradients first.
+    Good to 1e-7 of max |K|: q^{-k} amplifies rounding by up to 1e8. For fout, which has an
+    eigenvalue near 0, (7) cancels at dt > 20: digits are lost, of gradients first.
     """
     log_q = math.log(1e-8) / l
     k = torch.arange(l, dtype=torch.float64, device=dt.device)
@@ -269,7 +270,8 @@ def fft_conv(u, K):
 def nplr(measure, n):
     """(4), the half with Im Lambda >= 0: Lambda (n/2), P (r, n/2), B (n/2) complex128.
 
-    legs, all of the past, fading: A_ij = -sqrt((2i+1)(2j+1)) for i > j, -(i+1) for i = j
+    legs, all of the past, fading: with B_i = sqrt(2i+1), A_ij is -B_i B_j for i > j,
+        -(i+1) for i = j, else 0
     legt, a window of length 2: A_ij = -sqrt((2i+1)(2j+1)) / 2, times (-1)^(i-j) for i < j
         (as the official S4; in lssl.py A and B are twice that, and the window has length 1)
     fout, that window in a Fourier basis: rotations by 0, pi, 2 pi, ..., minus B B^T

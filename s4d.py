@@ -8,7 +8,7 @@ Each of the h features u(t) drives a linear system of its own, with n states:
     x'(t) = A x(t) + B u(t),    y(t) = C x(t) + D u(t).                            (1)
 
 If u is u_k on the step of length dt that ends at sample k (zero-order hold; textbooks hold
-u_k after sample k, and there x_k cannot depend on it), this is a recurrence,
+u_k on the step after sample k, so that their x_k is without it), this is a recurrence,
 
     x_k = A_bar x_{k-1} + B_bar u_k,    y_k = C x_k + D u_k,                       (2)
     A_bar = exp(dt A),    B_bar = A^{-1} (A_bar - 1) B,
@@ -22,13 +22,13 @@ time. They are one function, so a state can also enter and leave a convolution.
 
 What was wrong before. S4's HiPPO matrix is dense, and its kernel needs much algebra. S4D
 shows (section 5) that n well-chosen numbers on the diagonal do as well: then A is a vector,
-and (3) multiplies its powers, a Vandermonde matrix, by C B_bar.
+and (3) multiplies powers of A_bar, a Vandermonde matrix, by C B_bar.
 
 Why complex, and why 2 Re? Eigenvalues of a real system come in conjugate pairs, as do B
 and C, and the second of a pair adds the conjugate of what the first adds. So n/2 are
-stored, and C x over all n is 2 Re(C x) over these n/2, in (3) too.
-
-Differs from the paper: B stays 1, and is trained there. In (3) only C B_bar matters.
+stored, and C x over all n is 2 Re(C x) over these n/2, in (3) too. (A real one counts as
+two equal ones.) Differs from the paper, which trains B: B stays 1, for in (3) only the
+product C B_bar matters.
 
 Symbols: b batch, h features (d_model), n states (d_state), l length.
 u, y (b, h, l); x (b, h, n/2) and A, A_bar, B_bar, C (h, n/2) complex; dt, D (h); K (h, l).
@@ -85,7 +85,7 @@ class S4D(nn.Module):
         return torch.exp(dt * A), torch.expm1(dt * A) / A, C    # expm1(z) is exp(z) - 1
 
     def initial_state(self, batch_size):
-        """x_{-1} = 0: (b, h, n/2) complex128, so that steps do not add up rounding."""
+        """x_{-1} = 0: (b, h, n/2) complex128, so that long runs of steps stay exact."""
         return self.D.new_zeros(batch_size, self.h, self.n // 2, dtype=torch.complex128)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
@@ -109,7 +109,7 @@ class S4D(nn.Module):
         """u (b, h, l), state (b, h, n/2) or None -> y (b, h, l), last state or None.
 
         rate: factor on dt: 2.0 for the same signal sampled half as often
-        method: conv is (3), whose rounding is relative to the largest u, or step, (2)
+        method: conv, (3), whose rounding errors are in proportion to max |u|, or step, (2)
         Raises ValueError for a u, state, rate or method that does not fit.
         """
         self.check_input(u, 3, state)
@@ -119,7 +119,7 @@ class S4D(nn.Module):
         A_bar, B_bar, C = self.discretize(rate)
         l = u.shape[-1]
         v = u.to(self.D.dtype)
-        A_k = powers(A_bar, l, v.dtype)                         # A_bar^k for all k < l
+        A_k = powers(A_bar, l, v.dtype)                         # A_bar^k, as two factors
         K = vandermonde(2 * C * B_bar, A_k, l)                  # (h, l), as in kernel()
         y = fft_conv(v, K) + self.D[:, None] * v                # (b, h, l)
         if state is None:
@@ -130,7 +130,7 @@ class S4D(nn.Module):
         return y.to(u.dtype), last
 
     def recurrence(self, u, state, rate):
-        """(2), one step after the other: the same numbers as forward()."""
+        """(2), one step after the other: equal to the parallel form up to rounding."""
         x = self.initial_state(u.shape[0]) if state is None else state
         discrete = self.discretize(rate)
         outputs = []
@@ -154,14 +154,15 @@ class S4D(nn.Module):
 # ---- sums with all powers of A_bar; here n counts the stored numbers ----
 
 def powers(A_bar, l, dtype):
-    """A_bar^k for k < l in two parts: A_bar^{jT} (h, J, n), A_bar^i (h, T, n), k = jT + i.
+    """A_bar^k, k < l, as two factors: A_bar^{jT} (h, J, n), A_bar^i (h, T, n), k = jT + i.
 
     Like the tens and the ones of a number: with T = sqrt(l), about 2 sqrt(l) powers take
     the place of l, and sums over n are matrix products, without an (h, n, l) array.
     """
     T = int(l ** 0.5)
+    J = (l + T - 1) // T                                        # l / T, rounded up
     ones = first_powers(A_bar, T)
-    tens = first_powers(ones[:, -1] * A_bar, -(-l // T))        # of A_bar^T
+    tens = first_powers(ones[:, -1] * A_bar, J)                 # powers of A_bar^T
     dtype = torch.promote_types(dtype, torch.complex64)         # its complex type
     return tens.to(dtype), ones.to(dtype)
 
@@ -171,7 +172,7 @@ def first_powers(a, count):
     x = torch.ones_like(a)[:, None]
     a = a[:, None]
     while x.shape[1] < count:
-        x = torch.cat([x, a * x], 1)                    # m powers, and a is a^m: 2m powers
+        x = torch.cat([x, a * x], 1)                    # x: m powers, a: the m-th
         a = a * a
     return x[:, :count]
 
@@ -180,7 +181,8 @@ def vandermonde(v, A_k, l):
     """Re sum_n v_n A_bar_n^k for k < l: v (.., h, n), A_k from powers() -> (.., h, l)."""
     tens, ones = A_k                                            # (h, J, n), (h, T, n)
     v = v.to(tens.dtype)[..., None, :] * tens                   # (.., h, J, n)
-    return torch.einsum("...hjn,hin->...hji", v, ones).real.flatten(-2)[..., :l]
+    K = torch.einsum("...hjn,hin->...hji", v, ones).real        # at time jT + i
+    return K.flatten(-2)[..., :l]
 
 
 def last_state(u, B_bar, A_k):
@@ -205,7 +207,7 @@ def fft_conv(u, K):
 def initial_A(measure, h, n, real_random=False, imag_random=False):
     """One eigenvalue of each conjugate pair (paper, section 4): (h, n/2) complex128.
 
-    real_random: -Re A uniform in (0.001, 1), in diag-real in (1, 1 + n/2)
+    real_random: -Re A uniform in (0, 1), but 0.001 at least; in diag-real in (1, 1 + n/2)
     imag_random: the index i uniform in (0, n/2)
     """
     check(n > 0 and n % 2 == 0, f"d_state={n}: pass an even number, 2 or more")

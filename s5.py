@@ -125,7 +125,7 @@ class S5(nn.Module):
         return torch.exp(dt * Lambda), hold[:, None] * B, C
 
     def initial_state(self, batch_size):
-        """x_{-1} = 0: (b, p) complex128, so that steps do not add up rounding."""
+        """x_{-1} = 0: (b, p) complex128, so that long runs of steps stay exact."""
         return self.D.new_zeros(batch_size, self.p, dtype=torch.complex128)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
@@ -163,7 +163,7 @@ class S5(nn.Module):
         return y.to(u.dtype), last
 
     def recurrence(self, u, state, rate):
-        """(2), one step after the other: the same numbers as forward()."""
+        """(2), one step after the other: equal to the parallel form up to rounding."""
         x = self.initial_state(u.shape[0]) if state is None else state
         discrete = self.discretize(rate)
         outputs = []
