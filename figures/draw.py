@@ -16,6 +16,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from matplotlib.figure import Figure                    # without pyplot: needs no display
+from matplotlib.ticker import MaxNLocator
 from torch.nn import functional as F
 
 HERE = Path(__file__).resolve().parent
@@ -330,13 +331,14 @@ def draw_run(folder, data_dir):
         panels.append(draw_eigenvalues)
     if step_sizes(after, images) is not None:
         panels.append(draw_step_sizes)
-    maps = selected(after, images[:1])
-    figure = Figure(figsize=(10, 6.4 if maps else 3.8), layout="constrained")
-    rows = figure.subfigures(2, 1) if maps else [figure]
+    nets = {"before training": before, "after training": after}
+    selective = len(selected(after, images[:1])) > 0
+    figure = Figure(figsize=(10, 8.0 if selective else 3.8), layout="constrained")
+    rows = figure.subfigures(2, 1, height_ratios=(2, 3)) if selective else [figure]
     for ax, panel in zip(rows[0].subplots(1, len(panels), squeeze=False)[0], panels):
-        panel(ax, {"before training": before, "after training": after}, images)
-    if maps:
-        draw_selected(rows[1], images[0], maps)
+        panel(ax, nets, images)
+    if selective:
+        draw_selected(rows[1], nets, images[:1])
     accuracy = max(row["val_accuracy"] for row in saved["history"])
     figure.suptitle(f"{args.model} on {args.data}: validation accuracy {accuracy:.1%}")
     return figure, args.model
@@ -371,28 +373,27 @@ def memory(net, images):
 
 
 def eigenvalues(net):
-    """Those of A_bar in all layers, in one row; None where A_bar depends on the input.
+    """Those of A_bar in all layers, in one row; None for a net without a complex A_bar.
 
     In s4.py discretize() begins with the diagonal a of A_bar = a - Q S: the eigenvalues of
-    the normal part. Those of A_bar itself drown in rounding, as s4.png shows.
+    the normal part. Those of A_bar itself drown in rounding, as s4.png shows, and so do
+    those of the dense A_bar of lssl.py.
     """
     found = []
     for layer in net.layers:
-        if hasattr(layer.ssm, "select"):
-            return None
         A_bar = layer.ssm.discretize()[0].detach()
-        if not A_bar.is_complex():                              # lssl: (h, n, n)
-            A_bar = torch.linalg.eigvals(A_bar)
+        if not A_bar.is_complex():                      # lssl; or A of a selective layer
+            return None
         found.append(A_bar.flatten())
     return torch.cat(found)
 
 
 def selected(net, images):
-    """dt along the images, for each selective layer: a list of (b, l, d)."""
+    """dt along the images, for each selective layer: a list of (b, l, d), 1e-6 or more."""
     found = []
 
     def keep(module, inputs, output):
-        found.append(F.softplus(output.detach()))
+        found.append(F.softplus(output.detach()).clamp(min=1e-6))
 
     layers = [layer.ssm for layer in net.layers if hasattr(layer.ssm, "select")]
     hooks = [layer.dt_proj.register_forward_hook(keep) for layer in layers]
@@ -416,7 +417,7 @@ def draw_memory(ax, nets, images):
     for color, (label, net) in zip(("0.6", "C3"), nets.items()):
         ax.semilogy(memory(net, images), color=color, lw=1, label=label)
     ax.set(title="Memory of the network", xlabel="lag k (pixels)",
-           ylabel="|d y_L / d u_{L-k}| (score per grey level)")
+           ylabel="|d y_L / d u_{L-k}| (1 / grey level)")
     legend_below(ax, 2)
 
 
@@ -436,27 +437,38 @@ def draw_step_sizes(ax, nets, images):
     every = {label: step_sizes(net, images) for label, net in nets.items()}
     low = min(dt.min() for dt in every.values()).log10()
     high = max(dt.max() for dt in every.values()).log10()
+    ax.set_xscale("log")
     bins = torch.logspace(low - 0.1, high + 0.1, 25)
     for color, (label, dt) in zip(("0.6", "C3"), every.items()):
         weights = torch.full_like(dt, 100 / len(dt))
         ax.hist(dt.numpy(), bins.numpy(), weights=weights.numpy(), histtype="step",
                 color=color, label=label)
-    ax.set(title="Step sizes", xlabel="dt (time per step)", ylabel="share (%)",
-           xscale="log")
+    ax.set(title="Step sizes", xlabel="dt (time per step)", ylabel="share (%)")
     legend_below(ax, 2)
 
 
-def draw_selected(figure, image, maps):
-    """An image (l, c), and over its pixels the dt of each layer: the mean of log dt."""
-    side = math.isqrt(len(image))
-    means = [dt[0].log10().mean(-1).view(side, side) for dt in maps]
-    first, *axes = figure.subplots(1, 1 + len(maps))
-    first.imshow(image.view(side, side, -1).numpy() / 255, cmap="gray")
-    first.set(title="The image", xlabel="column", ylabel="row")
-    for i, (ax, mean) in enumerate(zip(axes, means), 1):
-        picture = ax.imshow(mean.numpy(), cmap="viridis")
-        ax.set(title=f"log10 dt, layer {i}", xlabel="column")
-        figure.colorbar(picture, ax=ax, shrink=0.8)
+def draw_selected(figure, nets, images):
+    """An image (1, l, c), and over its pixels the dt of each layer: the mean of log dt."""
+    side = math.isqrt(images.shape[1])
+    means = []
+    for net in nets.values():
+        found = selected(net, images)
+        means.append([dt[0].log10().mean(-1).view(side, side).numpy() for dt in found])
+    axes = figure.subplots(2, 1 + len(means[0]), squeeze=False)
+    axes[0, 0].imshow(images[0].view(side, side, -1).numpy() / 255, cmap="gray")
+    axes[0, 0].set(title="The image", xlabel="column", ylabel="row")
+    axes[1, 0].axis("off")
+    for i, (before, after) in enumerate(zip(*means), 1):
+        low = min(before.min(), after.min())
+        high = max(before.max(), after.max())
+        for ax, mean in zip(axes[:, i], (before, after)):
+            picture = ax.imshow(mean, vmin=low, vmax=high)
+            ax.set(xticks=[], yticks=[])
+        axes[0, i].set_title(f"log10 dt, layer {i}")
+        bar = figure.colorbar(picture, ax=axes[:, i], location="bottom")
+        bar.locator = MaxNLocator(3)
+    for ax, label in zip(axes[:, 1], nets):
+        ax.set_ylabel(label)
 
 
 # ---- the training curves of several runs ----
