@@ -3,7 +3,7 @@
     Gupta, Gu, Berant: Diagonal State Spaces are as Effective as Structured State Spaces
     (2022), arXiv 2203.14343.                         Try it: python dss.py
 
-Each of the h features u(t) drives n complex numbers of its own, by the same Lambda:
+Each of the h features u(t) drives n complex numbers x, with one Lambda, and with B = 1:
 
     x'(t) = Lambda x(t) + u(t),    y(t) = Re(C x(t)) + D u(t).                     (1)
 
@@ -15,9 +15,9 @@ With step size dt, z = dt Lambda and zero-order hold, this is a recurrence and a
 What was wrong before. S4 makes HiPPO diagonal only up to a low-rank part, and that part
 costs its kernel Cauchy sums and the Woodbury identity.
 
-The idea. The eigenvalues of the rest alone, -1/2 + i w, do as well. Training may make
-Re Lambda positive, so each exponential is divided by its sum over the l_max steps that it
-is for, a softmax over time (paper, Proposition 1):
+The idea. The eigenvalues of the normal part alone, -1/2 + i w, do as well. Training may
+make Re Lambda positive, so each exponential is divided by its sum over l_max steps, a
+softmax over time (paper, Proposition 1):
 
     K_k = Re sum_n W_n / Lambda_n e^{k z_n} / sum_{r < l_max} e^{r z_n}.           (4)
 
@@ -25,12 +25,12 @@ The geometric sum is (e^{l_max z} - 1) / (e^z - 1). So (4) is (3) with
 C = W / (e^{l_max z} - 1), which has poles where e^{l_max z} = 1: see softmax_weights.
 Version exp has no normalizer: C = W, and Re Lambda = -exp(.) < 0. S4D continues from there.
 
-Differs from the paper: it normalizes over the length of each sequence, here over l_max.
-So C is the same for all lengths, steps and rates (a rate changes z in (2) alone), and a
-state can be handed on: the official code has no state and no rate.
+Differs from the paper: there the sum has the length of each sequence, here l_max. So C is
+the same at all lengths and rates, and a state can be handed on. The official code has no
+state, no rate, and two step sizes, for Re z and for Im z.
 
-What if Re Lambda > 0? Then e^{kz} grows, and C has e^{-l_max z}. Growth in l_max steps is
-capped at e^40, so that float32 holds both.
+What if Re Lambda > 0? Then e^{kz} grows, and C has e^{-l_max z}. Re Lambda is capped where
+growth in l_max steps at rate 1 is e^40, so that float32 holds both up to twice l_max.
 
 Why no factor 2? Lambda starts with Im Lambda > 0 only, but the n numbers are independent,
 no conjugate pairs: the real part alone makes the output real.
@@ -53,7 +53,7 @@ class DSS(nn.Module):
 
     d_model, d_state: h, and n, of which all are stored (S4D stores half of its n)
     version: softmax, as in (4), or exp, without normalization
-    l_max: softmax normalizes over so many steps, at rate 1; longer sequences go on by (2)
+    l_max: softmax normalizes over this many steps, at rate 1; u may be shorter or longer
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of Lambda
     lr: learning rate of dt and Lambda, stored in ssm_lr for the optimizer
     """
@@ -70,7 +70,7 @@ class DSS(nn.Module):
         log_dt = math.log(dt_min) + torch.rand(d_model) * math.log(dt_max / dt_min)
         self.log_dt = nn.Parameter(log_dt)
         real = -0.5 if version == "softmax" else math.log(0.5)
-        self.Lambda_re = nn.Parameter(torch.full((d_state,), real))
+        self.Lambda_re = nn.Parameter(torch.full((d_state,), real))     # exp: log(-Re)
         self.Lambda_im = nn.Parameter(legs_eigenvalues(2 * d_state).to(log_dt))
         self.W = nn.Parameter(torch.randn(d_model, d_state, 2))         # real, imaginary
         self.D = nn.Parameter(torch.randn(d_model))
@@ -94,19 +94,19 @@ class DSS(nn.Module):
             Lambda = torch.complex(real, imag.expand_as(real))
             C = softmax_weights(C, Lambda, dt * Lambda, self.l_max)
         z = rate * dt * Lambda
-        limit = rate * dt * (1 + z / 2)                         # of B_bar, at Lambda = 0
+        limit = rate * dt * (1 + z / 2)                         # B_bar near Lambda = 0
         B_bar = torch.expm1(z) / torch.where(Lambda == 0, 1, Lambda)
         return torch.exp(z), torch.where(Lambda == 0, limit, B_bar), C
 
     def initial_state(self, batch_size):
-        """x_{-1} = 0: (b, h, n) complex128, so that long runs of steps stay exact."""
+        """x_{-1} = 0: (b, h, n) complex128, so that rounding stays small."""
         return self.D.new_zeros(batch_size, self.h, self.n, dtype=torch.complex128)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once: u (b, h), state (b, h, n) -> y (b, h), next state.
         discrete: what discretize(rate) returned, to use it for many steps."""
         self.check_input(u, 2, state)
-        check(discrete is None or rate == 1.0, f"{rate=}: it is in discrete, pass it there")
+        check(discrete is None or rate == 1.0, "rate is in discrete: pass it to discretize")
         A_bar, B_bar, C = discrete or self.discretize(rate)
         x = A_bar * state + B_bar * u[..., None]                # (b, h, n)
         y = (C * x).sum(-1).real + self.D * u               # (b, h)
@@ -171,7 +171,7 @@ def softmax_weights(W, Lambda, z, l_max):
     """C = W / (e^{l_max z} - 1): all (h, n) complex.
 
     As in the official code, 1/x is conj(x) / (|x|^2 + 1e-7), finite at the poles, with
-    x = Lambda (e^{l_max z} - 1). Where z grows, W and x are multiplied by e^{-l_max z}.
+    x = Lambda (e^{l_max z} - 1). Where Re z > 0, W and x are multiplied by e^{-l_max z}.
     """
     sign = torch.where(z.real > 0, -1.0, 1.0)
     x = sign * Lambda * torch.expm1(sign * l_max * z)
@@ -200,7 +200,7 @@ def first_powers(a, count):
     x = torch.ones_like(a)[:, None]
     a = a[:, None]
     while x.shape[1] < count:
-        x = torch.cat([x, a * x], 1)                    # x: m powers, a: the m-th
+        x = torch.cat([x, a * x], 1)                    # a is the m-th, x has m powers
         a = a * a
     return x[:, :count]
 
@@ -263,5 +263,5 @@ if __name__ == "__main__":
     for what, a, b in (("kernel, definition", layer.kernel(l), torch.stack(K, -1)),
                        ("convolution, recurrence", y, layer(u, method="step")[0]),
                        ("whole, two pieces", y, torch.cat([first, second], -1)),
-                       ("rate 1, every second at rate 2: about", full[..., 1::2], half)):
+                       ("rate 1, rate 2 (about equal)", full[..., 1::2], half)):
         print(f"{what:<36} differ by {(a - b).abs().max() / b.abs().max():.1e}")

@@ -5,7 +5,7 @@
 
 What was wrong before. An FFT over each of d features is slow on hardware made for matrix
 products. GSS shrinks the SSM to h = d / bottleneck features, and spends the time in linear
-maps, with biases, and in a gate of d expand features that multiplies the output:
+maps, with biases, and in a gate of d * expand features that multiplies W_up y:
 
     v = GELU(W_in u),    y = SSM(v),    o = W_out((W_up y) * GELU(W_gate u)).      (1)
 
@@ -16,7 +16,7 @@ The SSM drives n complex numbers for each of its features, all independent as in
     y = K * v + D v,    K_k = Re(C A_bar^k B_bar).                                 (3)
 
 The simplification. With B = 1 and dt = 1 fixed, a random A does as well as HiPPO. Only A,
-C and D are trained, and the linear maps. Each simplification can be undone: gate=False,
+C and D are trained, and the linear maps. Each choice can be undone: gate=False,
 bottleneck=1, train_B, train_dt, and measure="diag-lin" with the dt_min and dt_max of S4D.
 
 Differs from the paper: there one A serves all features, and -Re A and Im A start as
@@ -27,8 +27,8 @@ of its own, -Re A log-uniform in (1e-3, 1), to remember 1 to 1000 steps, and Im 
 Why no factor 2? The n numbers are independent, no conjugate pairs: the real part alone
 makes the output real.
 
-State, step and rate. The maps in (1) see one time step each. So the state is that of the
-SSM, and a step of the block is (1) around (2). With dt = 1 the unit of time is one step.
+State, step and rate. The maps in (1) act on each time step alone. So the state is that of
+the SSM, a step of the block is (1) around (2), and rate scales dt, in (2) alone.
 
 Symbols: b batch, d features (d_model), h features of the SSM, n states (d_state), l length.
 u, o (b, d, l); v, y (b, h, l); x (b, h, n) and A, B, A_bar, B_bar, C (h, n) complex;
@@ -48,10 +48,10 @@ class GSS(nn.Module):
     """(b, d, l) -> (b, d, l): the block (1), without norm and residual connection.
 
     d_model, d_state: d, and n, of which all are stored (S4D stores half of its n)
-    expand: the gate has d expand features
+    expand: the gate has d * expand features
     bottleneck: the SSM has d / bottleneck features
     gate: False leaves the gate out: o = W_out SSM(GELU(W_in u))
-    measure: where A starts: diag-rand, or diag-lin (with dt_min=1e-3, dt_max=1e-1)
+    measure: where A starts: diag-rand, or diag-lin (needs dt_min=1e-3, dt_max=1e-1)
     train_B, train_dt: train B, which starts from 1, and dt
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
     lr: learning rate of A, and of B and dt if trained, stored in ssm_lr for the optimizer
@@ -103,7 +103,7 @@ class GSS(nn.Module):
         return torch.exp(dt * A), B_bar, torch.view_as_complex(self.C.double())
 
     def initial_state(self, batch_size):
-        """x_{-1} = 0: (b, h, n) complex128, so that long runs of steps stay exact."""
+        """x_{-1} = 0: (b, h, n) complex128, so that rounding stays small."""
         return self.D.new_zeros(batch_size, self.h, self.n, dtype=torch.complex128)
 
     def enter(self, u):
@@ -120,7 +120,7 @@ class GSS(nn.Module):
         """(1) around (2): u (b, d), state (b, h, n) -> o (b, d), next state.
         discrete: what discretize(rate) returned, to use it for many steps."""
         self.check_input(u, 2, state)
-        check(discrete is None or rate == 1.0, f"{rate=}: it is in discrete, pass it there")
+        check(discrete is None or rate == 1.0, "rate is in discrete: pass it to discretize")
         A_bar, B_bar, C = discrete or self.discretize(rate)
         w = u.to(self.D.dtype)
         v = self.enter(w)                                       # (b, h)
@@ -129,7 +129,7 @@ class GSS(nn.Module):
         return self.leave(y.to(w.dtype), w).to(u.dtype), x
 
     def kernel(self, l, rate=1.0):
-        """(3), alone: (h, l), K[:, k] = (C * A_bar ** k * B_bar).sum(-1).real, k < l."""
+        """(3), of the SSM: (h, l), K[:, k] = (C * A_bar ** k * B_bar).sum(-1).real."""
         if l < 1:
             raise ValueError(f"{l=}: pass a positive length")
         A_bar, B_bar, C = self.discretize(rate)
@@ -161,7 +161,7 @@ class GSS(nn.Module):
         return self.leave(y.mT.contiguous(), w).mT.to(u.dtype), last
 
     def recurrence(self, u, state, rate):
-        """(2), one step after the other: equal to the parallel form up to rounding."""
+        """(1) around (2), step by step: equal to the parallel form up to rounding."""
         x = self.initial_state(u.shape[0]) if state is None else state
         discrete = self.discretize(rate)
         outputs = []
@@ -203,7 +203,7 @@ def first_powers(a, count):
     x = torch.ones_like(a)[:, None]
     a = a[:, None]
     while x.shape[1] < count:
-        x = torch.cat([x, a * x], 1)                    # x: m powers, a: the m-th
+        x = torch.cat([x, a * x], 1)                    # a is the m-th, x has m powers
         a = a * a
     return x[:, :count]
 
@@ -269,5 +269,5 @@ if __name__ == "__main__":
     for what, a, b in (("kernel, definition", layer.kernel(l), torch.stack(K, -1)),
                        ("convolution, recurrence", y, layer(u, method="step")[0]),
                        ("whole, two pieces", y, torch.cat([first, second], -1)),
-                       ("rate 1, every second at rate 2: about", full[..., 1::2], half)):
+                       ("rate 1, rate 2 (about equal)", full[..., 1::2], half)):
         print(f"{what:<36} differ by {(a - b).abs().max() / b.abs().max():.1e}")

@@ -10,15 +10,15 @@ A recurrent network has a matrix A and a nonlinearity in its loop:
 What was wrong before. (1) trains one step after the other, and its gradients vanish or
 explode. S4 to S5 solve both, by a differential equation, HiPPO and a discretization. LRU
 asks what of that is needed, and starts from (1): drop the nonlinearity (the network around
-the layer has others) and diagonalize A. All h features together then drive n complex x:
+the layer has others) and diagonalize A. All h features then drive n complex numbers x:
 
     x_k = A_bar x_{k-1} + B_bar u_k,    y_k = Re(C x_k) + D u_k,                   (2)
     A_bar = lambda,    B_bar = gamma B.
 
 Stable: lambda = exp(-exp(nu_log) + i exp(theta_log)), so |lambda| < 1 (section 3.3).
 Long memory: |lambda|^2 starts uniform in (r_min^2, r_max^2), a ring (Lemma 3.2). By default
-that is the whole disk; for long sequences the paper takes r_min near 1.
-Normalized: with white noise as input |x|^2 grows to 1 / (1 - |lambda|^2) if gamma is 1. So
+that is the disk; for long sequences the paper takes r_min near 1 and small phases.
+Normalized: with gamma = 1 and white noise u, E|x|^2 tends to 1 / (1 - |lambda|^2). So
 gamma starts as sqrt(1 - |lambda|^2), and is trained as exp(gamma_log) (section 3.4).
 
 Why no factor 2? The n numbers are independent, no conjugate pairs: the real part alone
@@ -29,12 +29,12 @@ the same u: lambda becomes lambda^2, and gamma B becomes (lambda + 1) gamma B. I
 A_bar = lambda^rate = exp(rate log lambda), with the angle of lambda in [-pi, pi), and
 B_bar = (lambda^rate - 1) / (lambda - 1) gamma B.
 
-Why a scan? With many inputs K_k = C A_bar^k B_bar is an (h, h) matrix for each k, too
-large to convolve with. But two steps in a row, x -> a x + v and x -> a' x + v', are one:
+Why a scan? With many inputs K_k = C A_bar^k B_bar is an (h, h) matrix for each k, which is
+too large. But with v = B_bar u_k two steps, x -> a x + v and x -> a' x + v', are one:
 
     x -> a'a x + (a'v + v').                                                       (3)
 
-This is associative: steps can be combined in any order, so in parallel: linear_scan.
+This is associative: steps may be grouped in any way, so also in parallel: linear_scan.
 
 Free-running dynamics from a state: layer(torch.zeros(b, h, n_steps), state).
 
@@ -56,7 +56,7 @@ class LRU(nn.Module):
 
     d_model, d_state: h, and n complex numbers for all features together
     r_min, r_max: |lambda| starts between these, 0 <= r_min < r_max <= 1
-    max_phase: the phase of lambda starts between 0 and this, in radians per step: 2 pi
+    max_phase: the phase of lambda starts in (0, max_phase), in radians; default: 2 pi
     lr: learning rate of lambda, gamma and B, stored in ssm_lr for the optimizer
     """
 
@@ -81,7 +81,7 @@ class LRU(nn.Module):
         self.ssm_lr = {"nu_log": lr, "theta_log": lr, "gamma_log": lr, "B": lr}
 
     def discretize(self, rate=1.0):
-        """(2) at that rate: A_bar (n), B_bar (n, h), C (h, n) complex128,
+        """(2) at this rate: A_bar (n), B_bar (n, h), C (h, n) complex128,
         because an error of A_bar grows k-fold in A_bar^k."""
         if isinstance(rate, (torch.Tensor, list)) or not 0 < rate < math.inf:
             raise ValueError(f"{rate=}: pass one positive number; for irregular sampling, "
@@ -90,20 +90,20 @@ class LRU(nn.Module):
         # a phase just below 2 pi is a slow rotation backwards: theta in [-pi, pi)
         theta = self.theta_log.double().exp()
         theta = torch.remainder(theta + math.pi, 2 * math.pi) - math.pi
-        log = torch.complex(-self.nu_log.double().exp(), theta)         # of lambda
+        log = torch.complex(-self.nu_log.double().exp(), theta)         # log lambda
         gain = self.gamma_log.double().exp() * torch.expm1(rate * log) / torch.expm1(log)
         B_bar = gain[:, None] * torch.view_as_complex(self.B.double())
         return torch.exp(rate * log), B_bar, torch.view_as_complex(self.C.double())
 
     def initial_state(self, batch_size):
-        """x_{-1} = 0: (b, n) complex128, so that long runs of steps stay exact."""
+        """x_{-1} = 0: (b, n) complex128, so that rounding stays small."""
         return self.D.new_zeros(batch_size, self.n, dtype=torch.complex128)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once: u (b, h), state (b, n) -> y (b, h), next state.
         discrete: what discretize(rate) returned, to use it for many steps."""
         self.check_input(u, 2, state)
-        check(discrete is None or rate == 1.0, f"{rate=}: it is in discrete, pass it there")
+        check(discrete is None or rate == 1.0, "rate is in discrete: pass it to discretize")
         A_bar, B_bar, C = discrete or self.discretize(rate)
         x = A_bar * state + u.to(B_bar.dtype) @ B_bar.mT        # (b, n)
         y = (x @ C.mT).real + self.D * u                        # (b, h)
@@ -159,7 +159,7 @@ def drive(B_bar, u):
     real matrices, Re and Im of B_bar side by side: twice as fast as a complex one."""
     B = torch.view_as_real(B_bar.mT).flatten(-2).to(u.dtype)            # (h, 2n)
     with full_precision(u):
-        v = torch.bmm(u.mT, B.expand(u.shape[0], -1, -1))   # (b, l, 2n); @ would copy u
+        v = torch.bmm(u.mT, B.expand(u.shape[0], -1, -1))   # (b, l, 2n); @ copies u.mT
     return torch.view_as_complex(v.unflatten(-1, (-1, 2)).contiguous())
 
 
@@ -189,15 +189,15 @@ def loop_scan(a, v, x):
 
 
 def linear_scan(a, v, x, T=32):
-    """The same, in J blocks of T steps, side by side: here three blocks of T = 2.
+    """The same, in J blocks of T steps, side by side. Here J = 3 and T = 2:
 
         steps     v0 v1 | v2 v3 | v4 v5
-        ends         e0 |    e1 |    e2   each block from 0: by (3) its steps are one step,
-        starts    x     | x1    | x3      whose scan from x is this one: x1 = a^2 x + e0
+        ends         e0 |    e1 |    e2   of each block, begun at 0: e0 = a v0 + v1
+        starts    x     | x1    | x3      a scan of the ends, by (3): x1 = a^2 x + e0
         states    x0 x1 | x2 x3 | x4 x5   each block from its start: x2 = a x1 + v2
 
-    So a loop of l steps becomes 2T steps on each of log_T(l) levels. a is rounded to the
-    precision of v, and multiplied T times at most: a^T comes from double precision.
+    So a loop of l steps becomes 2T steps on each of log_T(l) levels. Rounding a to the
+    precision of v adds up over T steps, not over l: a^T is computed in double precision.
     """
     check(T > 1, f"{T=}: pass a block length of 2 or more")
     l = v.shape[-2]
@@ -215,11 +215,12 @@ def linear_scan(a, v, x, T=32):
 
 
 def fft_scan(a, v, x):
-    """The same by FFT, in double precision: each state convolves v with the powers of a.
+    """The same by FFT, in double precision: v convolved with the powers of a, per state.
     l zeros keep the FFT, which convolves on a circle, from wrapping around."""
     l = v.shape[-2]
     k = torch.arange(l + 1, dtype=torch.float64, device=a.device)[:, None]
-    a_k = torch.exp(k * torch.where(a.abs() < 1e-300, 1e-300, a).log())     # (l + 1, n)
+    a = torch.where(a.abs() < 1e-300, 1e-300, a)        # log 0 is infinite
+    a_k = torch.exp(k * a.log())                        # (l + 1, n)
     product = torch.fft.fft(v.to(a.dtype), 2 * l, -2) * torch.fft.fft(a_k[:l], 2 * l, -2)
     states = torch.fft.ifft(product, dim=-2)[..., :l, :]
     return (states + a_k[1:] * x[..., None, :]).to(v.dtype)
@@ -256,5 +257,5 @@ if __name__ == "__main__":
                        ("scan, convolution", y, layer(u, method="conv")[0]),
                        ("last state, tree of steps", state, steps[0][1]),
                        ("whole, two pieces", y, torch.cat([first, second], -1)),
-                       ("rate 1, every second at rate 2: about", full[..., 1::2], half)):
+                       ("rate 1, rate 2 (about equal)", full[..., 1::2], half)):
         print(f"{what:<36} differ by {(a - b).abs().max() / b.abs().max():.1e}")

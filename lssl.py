@@ -13,9 +13,9 @@ Sampled every dt, this is a recurrence, and unrolled, from x_{-1} = 0, a convolu
     x_k = A_bar x_{k-1} + B_bar u_k,    y_k = C x_k + D u_k,                       (2)
     y = K * u + D u,    K_k = C A_bar^k B_bar.                                     (3)
 
-The idea. One model, three views: (1) has a time scale, so the sampling rate can change, (2)
-generates in constant time per step, (3) trains in parallel. What was wrong before: an ODE,
-a recurrent or a convolutional network alone lacks what the others have.
+What was wrong before. An ODE, a recurrent or a convolutional network alone lacks what the
+others have. The idea. One model, three views: (1) has a time scale, so the sampling rate
+can change, (2) generates in constant time per step, (3) trains in parallel.
 
 What does the state mean? HiPPO chooses A and B so that x(t) holds the coefficients of the
 past of u in a basis of Legendre polynomials P_i. With s the time before t:
@@ -39,7 +39,7 @@ stable A_bar at any dt; below, only if dt is small.
 
 Why S4? A dense A_bar costs n^2 operations a step and n^3 log l a kernel, and nothing keeps
 a trained A stable. Differs from the paper: train_A trains all of A, not a structured class.
-Differs from the official code: C starts with variance 1/n, there 1, which grows y with n.
+Differs from the official code: C starts with variance 1/n, there 1, so that y grew with n.
 
 Symbols: b batch, h features (d_model), n states (d_state), l length, m channels.
 u (b, h, l); y (b, m h, l); x (b, h, n); A (n, n), B (n), or one for each feature;
@@ -62,7 +62,7 @@ class LSSL(nn.Module):
     measure: where A and B start: legs or legt, see hippo_legendre
     alpha: 0 forward Euler, 0.5 bilinear, 1 backward Euler, or in between
     channels: m outputs for each feature: channel c of feature i is output c h + i
-    train_A: no, shared (one A and B for all features) or each (one for each feature)
+    train_A: no, or train A and B: shared (one for all features) or each (one for each)
     train_dt: whether dt is trained too
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
     lr: learning rate of A, B and dt, if trained, stored in ssm_lr for the optimizer
@@ -94,6 +94,7 @@ class LSSL(nn.Module):
         names = ("A", "B", "log_dt")
         self.ssm_lr = {name: lr for name in names if getattr(self, name).requires_grad}
         if alpha < 0.5:
+            # needed, not enough: A is not normal, so that K may be huge before it fades
             radius = torch.linalg.eigvals(self.discretize()[0]).abs().max()
             check(radius <= 1, f"{alpha=}, {dt_max=}: A_bar has an eigenvalue outside of "
                   "the unit circle, pass a smaller dt_max, or alpha from 0.5")
@@ -114,21 +115,21 @@ class LSSL(nn.Module):
         return A_bar, times(inverse, dtB), self.C.double()
 
     def initial_state(self, batch_size):
-        """x_{-1} = 0: (b, h, n) float64, so that long runs of steps stay exact."""
+        """x_{-1} = 0: (b, h, n) float64, so that rounding stays small."""
         return self.D.new_zeros(batch_size, self.h, self.n, dtype=torch.float64)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once: u (b, h), state (b, h, n) -> y (b, m h), next state.
         discrete: what discretize(rate) returned, to use it for many steps."""
         self.check_input(u, 2, state)
-        check(discrete is None or rate == 1.0, f"{rate=}: it is in discrete, pass it there")
+        check(discrete is None or rate == 1.0, "rate is in discrete: pass it to discretize")
         A_bar, B_bar, C = discrete or self.discretize(rate)
         x = times(A_bar, state.double()) + B_bar * u[..., None]         # (b, h, n)
         y = (C * x[:, None]).sum(-1) + self.D * u[:, None]              # (b, m, h)
         return y.flatten(1).to(u.dtype), x
 
     def kernel(self, l, rate=1.0):
-        """(3): (m h, l), K[:, k] = C A_bar^k B_bar for k < l, the response to B_bar."""
+        """(3): (m h, l), K[:, k] = C A_bar^k B_bar for k < l, from the state B_bar."""
         if l < 1:
             raise ValueError(f"{l=}: pass a positive length")
         A_bar, B_bar, C = self.discretize(rate)
@@ -158,8 +159,8 @@ class LSSL(nn.Module):
             y = fft_conv(v[:, None], K) + self.D[..., None] * v[:, None]
             last = None
             if state is not None:
-                # a state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the last state
                 x = times(A_bar, state.double()).to(v)                  # (b, h, n)
+                # x adds C A_bar^k x to y_k, and A_bar^{l-1} x to the last state
                 y = y + free_response(C, A_k, x, l)                     # (b, m, h, l)
                 last = advance(x, A_k, l - 1) + last_state(v, B_bar.to(v), A_k)
                 last = last.double()
@@ -265,8 +266,8 @@ def hippo_legendre(measure, n):
     """A (n, n) and B (n), float64 (arXiv 2008.07669, signs of 2206.12037).
 
     A_ij = -sqrt((2i+1)(2j+1)) below the diagonal. On it and above, legs has -(i+1) and 0,
-    legt goes on, with alternating signs above. B_i = sqrt(2i+1). The window of legt has
-    length 1; in s4.py and the official S4 A and B are half of these, and it has length 2.
+    legt the same, times (-1)^(i-j) above. B_i = sqrt(2i+1). The window of legt has length
+    1; s4.py and the official S4 halve A and B of legt, which makes the length 2.
     """
     check(n > 0, f"d_state={n}: pass a positive number")
     i = torch.arange(n, dtype=torch.float64)
@@ -280,7 +281,7 @@ def hippo_legendre(measure, n):
 
 
 def reconstruct(measure, x, s):
-    """(4): the input that a state x (.., n) remembers, times s (k) before: (.., k).
+    """(4): u(t - s) as a state x(t) (.., n) remembers it, for all s (k): (.., k).
 
     s is in the unit of time of A, where a sample is dt. For legt 0 <= s <= 1.
     """
@@ -314,5 +315,5 @@ if __name__ == "__main__":
     for what, a, b in (("kernel, definition", layer.kernel(l), torch.stack(K, -1).sum(1)),
                        ("convolution, recurrence", y, layer(u, method="step")[0]),
                        ("whole, two pieces", y, torch.cat([first, second], -1)),
-                       ("rate 1, every second at rate 2: about", full[..., 1::2], half)):
+                       ("rate 1, rate 2 (about equal)", full[..., 1::2], half)):
         print(f"{what:<36} differ by {(a - b).abs().max() / b.abs().max():.1e}")

@@ -142,14 +142,14 @@ class S4(nn.Module):
         return 2 * R - 1, B_bar, Q, S, C
 
     def initial_state(self, batch_size):
-        """x_{-1} = 0: (b, h, n/2) complex128, so that long runs of steps stay exact."""
+        """x_{-1} = 0: (b, h, n/2) complex128, so that rounding stays small."""
         return self.D.new_zeros(batch_size, self.h, self.n // 2, dtype=torch.complex128)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once, in O(n r): u (b, d_model), state (b, h, n/2) -> y (b, m d_model), next
         state. discrete: what discretize(rate) returned, to use it for many steps."""
         self.check_input(u, 2, state)
-        check(discrete is None or rate == 1.0, f"{rate=}: it is in discrete, pass it there")
+        check(discrete is None or rate == 1.0, "rate is in discrete: pass it to discretize")
         a, B_bar, Q, S, C = discrete or self.discretize(rate)
         w = u.to(self.D.dtype)
         v = self.block.enter(w)                                         # (b, h)
@@ -571,5 +571,5 @@ if __name__ == "__main__":
     for what, a, b in (("kernel, response to an impulse", layer.kernel(l), K),
                        ("convolution, recurrence", y, layer(u, method="step")[0]),
                        ("whole, two pieces", y, torch.cat([first, second], -1)),
-                       ("rate 1, every second at rate 2: about", full[..., 1::2], half)):
+                       ("rate 1, rate 2 (about equal)", full[..., 1::2], half)):
         print(f"{what:<36} differ by {(a - b).abs().max() / b.abs().max():.1e}")

@@ -85,14 +85,14 @@ class S4D(nn.Module):
         return torch.exp(dt * A), torch.expm1(dt * A) / A, C    # expm1(z) is exp(z) - 1
 
     def initial_state(self, batch_size):
-        """x_{-1} = 0: (b, h, n/2) complex128, so that long runs of steps stay exact."""
+        """x_{-1} = 0: (b, h, n/2) complex128, so that rounding stays small."""
         return self.D.new_zeros(batch_size, self.h, self.n // 2, dtype=torch.complex128)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once: u (b, h), state (b, h, n/2) -> y (b, h), next state.
         discrete: what discretize(rate) returned, to use it for many steps."""
         self.check_input(u, 2, state)
-        check(discrete is None or rate == 1.0, f"{rate=}: it is in discrete, pass it there")
+        check(discrete is None or rate == 1.0, "rate is in discrete: pass it to discretize")
         A_bar, B_bar, C = discrete or self.discretize(rate)
         x = A_bar * state + B_bar * u[..., None]                # (b, h, n/2)
         y = 2 * (C * x).sum(-1).real + self.D * u               # (b, h)
@@ -172,7 +172,7 @@ def first_powers(a, count):
     x = torch.ones_like(a)[:, None]
     a = a[:, None]
     while x.shape[1] < count:
-        x = torch.cat([x, a * x], 1)                    # x: m powers, a: the m-th
+        x = torch.cat([x, a * x], 1)                    # a is the m-th, x has m powers
         a = a * a
     return x[:, :count]
 
@@ -260,5 +260,5 @@ if __name__ == "__main__":
     for what, a, b in (("kernel, definition", layer.kernel(l), torch.stack(K, -1)),
                        ("convolution, recurrence", y, layer(u, method="step")[0]),
                        ("whole, two pieces", y, torch.cat([first, second], -1)),
-                       ("rate 1, every second at rate 2: about", full[..., 1::2], half)):
+                       ("rate 1, rate 2 (about equal)", full[..., 1::2], half)):
         print(f"{what:<36} differ by {(a - b).abs().max() / b.abs().max():.1e}")

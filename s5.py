@@ -7,7 +7,7 @@ All h features u(t) together drive one linear system with n states, Lambda diago
 
     x'(t) = Lambda x(t) + B u(t),    y(t) = C x(t) + D u(t).                       (1)
 
-Sampled with one step size dt for each state, and zero-order hold, it is a recurrence:
+With a step size dt for each state, and zero-order hold as in s4d.py, it is a recurrence:
 
     x_k = A_bar x_{k-1} + B_bar u_k,    y_k = 2 Re(C x_k) + D u_k,                 (2)
     A_bar = exp(dt Lambda),    B_bar = Lambda^{-1} (A_bar - 1) B.
@@ -19,12 +19,12 @@ What was wrong before. S4 and its relatives are h systems side by side, each wit
 input and a single output, and need another layer to mix the features. S5 is one system with
 many inputs and many outputs: B and C mix, and the state has n numbers instead of h n.
 
-Why a scan? With many inputs K_k = C A_bar^k B_bar is an (h, h) matrix for each k, too
-large to convolve with. But two steps in a row, x -> a x + v and x -> a' x + v', are one:
+Why a scan? With many inputs K_k = C A_bar^k B_bar is an (h, h) matrix for each k, which is
+too large. But with v = B_bar u_k two steps, x -> a x + v and x -> a' x + v', are one:
 
     x -> a'a x + (a'v + v').                                                       (3)
 
-This is associative: steps can be combined in any order, so in parallel: linear_scan.
+This is associative: steps may be grouped in any way, so also in parallel: linear_scan.
 
 Why complex, and why 2 Re? Eigenvalues of a real system come in conjugate pairs, as do B
 and C, and the second of a pair adds the conjugate of what the first adds. So p = n/2 are
@@ -33,13 +33,13 @@ stored. With conj_sym=False, p = n independent ones, and y_k = Re(C x_k) + D u_k
 Where it starts. Lambda are the eigenvalues of the normal part of HiPPO-LegS, of size
 n / blocks, once for each block. B and C are random, in the basis of its eigenvectors V:
 V^{-1} B = V* B and C V. Differs from the official code: B has variance 1/h (there 1/n) and
-C 1/n (there 1/(h n)), which gives y the size of u at any h and n.
+C 1/n (there 1/(h n)), so that h and n hardly change the size of y.
 
 Free-running dynamics from a state: layer(torch.zeros(b, h, n_steps), state).
 
 Symbols: b batch, h features (d_model), n states (d_state), p stored states, l length.
 u, y (b, h, l); x (b, p), Lambda, A_bar (p), B, B_bar (p, h), C (h, p) complex; dt (p);
-D (h). In both directions C is (h, 2p).
+D (h). If bidirectional, C is (h, 2p).
 """
 
 import math
@@ -60,9 +60,9 @@ class S5(nn.Module):
     disc: zoh (zero-order hold, as above) or bilinear
     conj_sym: store one of each conjugate pair (n / blocks even)
     clip_eigs: use min(Re Lambda, -1e-4), so that training cannot make the system unstable
-    bidirectional: add C_2 z, z_k = A_bar z_{k+1} + B_bar u_k, with the second half C_2 of
-        C; then without a state
-    step_rescale: a constant factor on rate
+    bidirectional: add 2 Re(C_2 z_k), z_k = A_bar z_{k+1} + B_bar u_k, with the second half
+        C_2 of C; no state then
+    step_rescale: a constant factor on dt
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of Lambda
     lr: learning rate of dt, Lambda and B, stored in ssm_lr for the optimizer
     """
@@ -101,7 +101,7 @@ class S5(nn.Module):
         self.ssm_lr = {"log_step": lr, "Lambda_re": lr, "Lambda_im": lr, "B": lr}
 
     def discretize(self, rate=1.0):
-        """(2) at step size rate * dt: A_bar (p), B_bar (p, h), C (h, p) complex128,
+        """(2) at rate * dt: A_bar (p), B_bar (p, h), C (h, p), 2 C in pairs, complex128,
         because an error of A_bar grows k-fold in A_bar^k."""
         if isinstance(rate, (torch.Tensor, list)) or not 0 < rate < math.inf:
             raise ValueError(f"{rate=}: pass one positive number; for irregular sampling, "
@@ -119,20 +119,20 @@ class S5(nn.Module):
         if self.disc == "bilinear":
             half = dt * Lambda / 2
             return (1 + half) / (1 - half), (dt / (1 - half))[:, None] * B, C
-        limit = dt * (1 + dt * Lambda / 2)                      # of hold, at Lambda = 0
+        limit = dt * (1 + dt * Lambda / 2)                      # hold near Lambda = 0
         hold = torch.expm1(dt * Lambda) / torch.where(Lambda == 0, 1, Lambda)
         hold = torch.where(Lambda == 0, limit, hold)            # expm1(z) is exp(z) - 1
         return torch.exp(dt * Lambda), hold[:, None] * B, C
 
     def initial_state(self, batch_size):
-        """x_{-1} = 0: (b, p) complex128, so that long runs of steps stay exact."""
+        """x_{-1} = 0: (b, p) complex128, so that rounding stays small."""
         return self.D.new_zeros(batch_size, self.p, dtype=torch.complex128)
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once: u (b, h), state (b, p) -> y (b, h), next state.
         discrete: what discretize(rate) returned, to use it for many steps."""
         self.check_input(u, 2, state)
-        check(discrete is None or rate == 1.0, f"{rate=}: it is in discrete, pass it there")
+        check(discrete is None or rate == 1.0, "rate is in discrete: pass it to discretize")
         A_bar, B_bar, C = discrete or self.discretize(rate)
         x = A_bar * state + u.to(B_bar.dtype) @ B_bar.mT        # (b, p)
         y = (x @ C.mT).real + self.D * u                        # (b, h)
@@ -159,7 +159,7 @@ class S5(nn.Module):
         if self.bidirectional:
             future = scan(A_bar, v.flip(1), start).flip(1)
             x = torch.cat([x, future], -1)                      # (b, l, 2p)
-        y = read(C, x) + self.D[:, None] * w                    # 2 Re(C x_k) + D u_k
+        y = read(C, x) + self.D[:, None] * w                    # C has the 2 of (2)
         return y.to(u.dtype), last
 
     def recurrence(self, u, state, rate):
@@ -185,14 +185,14 @@ class S5(nn.Module):
                   "state: pass one of the shape and type of initial_state()")
 
 
-# ---- all states at once: a (n), v (.., l, n), x (.., n) -> (.., l, n) ----
+# ---- all states at once: a (n), v (.., l, n), x (.., n) -> (.., l, n), with n = p ----
 
 def drive(B_bar, u):
     """B_bar u_k for all k: B_bar (n, h), u (b, h, l) -> (b, l, n) complex. One product of
     real matrices, Re and Im of B_bar side by side: twice as fast as a complex one."""
     B = torch.view_as_real(B_bar.mT).flatten(-2).to(u.dtype)            # (h, 2n)
     with full_precision(u):
-        v = torch.bmm(u.mT, B.expand(u.shape[0], -1, -1))   # (b, l, 2n); @ would copy u
+        v = torch.bmm(u.mT, B.expand(u.shape[0], -1, -1))   # (b, l, 2n); @ copies u.mT
     return torch.view_as_complex(v.unflatten(-1, (-1, 2)).contiguous())
 
 
@@ -222,15 +222,15 @@ def loop_scan(a, v, x):
 
 
 def linear_scan(a, v, x, T=32):
-    """The same, in J blocks of T steps, side by side: here three blocks of T = 2.
+    """The same, in J blocks of T steps, side by side. Here J = 3 and T = 2:
 
         steps     v0 v1 | v2 v3 | v4 v5
-        ends         e0 |    e1 |    e2   each block from 0: by (3) its steps are one step,
-        starts    x     | x1    | x3      whose scan from x is this one: x1 = a^2 x + e0
+        ends         e0 |    e1 |    e2   of each block, begun at 0: e0 = a v0 + v1
+        starts    x     | x1    | x3      a scan of the ends, by (3): x1 = a^2 x + e0
         states    x0 x1 | x2 x3 | x4 x5   each block from its start: x2 = a x1 + v2
 
-    So a loop of l steps becomes 2T steps on each of log_T(l) levels. a is rounded to the
-    precision of v, and multiplied T times at most: a^T comes from double precision.
+    So a loop of l steps becomes 2T steps on each of log_T(l) levels. Rounding a to the
+    precision of v adds up over T steps, not over l: a^T is computed in double precision.
     """
     check(T > 1, f"{T=}: pass a block length of 2 or more")
     l = v.shape[-2]
@@ -248,11 +248,12 @@ def linear_scan(a, v, x, T=32):
 
 
 def fft_scan(a, v, x):
-    """The same by FFT, in double precision: each state convolves v with the powers of a.
+    """The same by FFT, in double precision: v convolved with the powers of a, per state.
     l zeros keep the FFT, which convolves on a circle, from wrapping around."""
     l = v.shape[-2]
     k = torch.arange(l + 1, dtype=torch.float64, device=a.device)[:, None]
-    a_k = torch.exp(k * torch.where(a.abs() < 1e-300, 1e-300, a).log())     # (l + 1, n)
+    a = torch.where(a.abs() < 1e-300, 1e-300, a)        # log 0 is infinite
+    a_k = torch.exp(k * a.log())                        # (l + 1, n)
     product = torch.fft.fft(v.to(a.dtype), 2 * l, -2) * torch.fft.fft(a_k[:l], 2 * l, -2)
     states = torch.fft.ifft(product, dim=-2)[..., :l, :]
     return (states + a_k[1:] * x[..., None, :]).to(v.dtype)
@@ -290,8 +291,8 @@ def make_DPLR_HiPPO(n):
 
 def initial_C(C_init, h, V):
     """C V (h, p) for V (n, p). Real and imaginary part of C have variance 1/n each
-    (lecun_normal), or are standard normal and cut at +-2 (trunc_standard_normal);
-    complex_normal draws C V itself, with variance 1."""
+    (lecun_normal), or are standard normal, cut at +-2 (trunc_standard_normal; in the
+    official code 1/n of that variance); complex_normal draws C V itself, of variance 1."""
     choices = ("lecun_normal", "trunc_standard_normal", "complex_normal")
     check(C_init in choices, f"{C_init=}: choose from {choices}")
     n, p = V.shape
@@ -329,5 +330,5 @@ if __name__ == "__main__":
                        ("scan, convolution", y, layer(u, method="conv")[0]),
                        ("last state, tree of steps", state, steps[0][1]),
                        ("whole, two pieces", y, torch.cat([first, second], -1)),
-                       ("rate 1, every second at rate 2: about", full[..., 1::2], half)):
+                       ("rate 1, rate 2 (about equal)", full[..., 1::2], half)):
         print(f"{what:<36} differ by {(a - b).abs().max() / b.abs().max():.1e}")

@@ -3,17 +3,14 @@
     Gu, Dao: Mamba: Linear-Time Sequence Modeling with Selective State Spaces (2023),
     arXiv 2312.00752.                                 Try it: python selective_scan.py
 
-Each of the d features drives n real numbers x of its own. With u_k a number, in the
-feature that has this A (n numbers), dt_k and D:
+Each of the d features has n real numbers x of its own, from which y is read:
 
     x_k = exp(dt_k A) x_{k-1} + dt_k B_k u_k,    y_k = C_k x_k + D u_k.            (1)
 
-What selects are dt_k, B_k and C_k. All are made from the vector u_k of all d features:
+Here u_k is the number of that feature, as are dt_k and D, and A has n numbers. B_k and C_k,
+n numbers each, are the same for all features. They depend on all, the vector u_k:
 
     dt_k = rate softplus(W u_k + bias),    B_k = W_B u_k,    C_k = W_C u_k.        (2)
-
-So each feature has its dt_k, and all share B_k and C_k (n numbers each). The paper's x is
-our u, and its h our x (Algorithm 2).
 
 What was wrong before. All layers from LSSL to LRU treat every sample alike: they cannot
 decide by its content what to keep. Here dt_k -> 0 skips a sample and leaves the state as it
@@ -25,18 +22,15 @@ B_i, depends on all samples between. There is no one kernel. But two steps in a 
 x -> a x + v and x -> a' x + v', are one, x -> a'a x + (a'v + v'). So blocks of steps can
 run side by side: linear_scan.
 
-Differs from the paper: (1) is the form of the official code. Equation (4) of the paper is
-zero-order hold for B too, (exp(dt A) - 1) / A B, or dt B (1 + dt A / 2 + ...). The two
-agree where dt |A| is small. Elsewhere they are different layers, and in (1) another rate is
-only approximately the same signal, sampled less often.
-
 Why does memory matter? The states (b, d, l, n) are n times as large as the input. The
-"hardware-aware" algorithm of the paper (section 3.3.2) keeps them in the small, fast memory
-on the chip of a GPU, and computes them once more in the backward pass rather than store
-them. PyTorch can do the second: selective_scan does, where the states are many.
+paper's "hardware-aware" algorithm (section 3.3.2) keeps them in the fast on-chip memory of
+a GPU, and computes them again in the backward pass. Here selective_scan does the second.
 
-Symbols: b batch, d features, n states (d_state), l length. u, y (b, d, l); x (b, d, n);
-A (d, n); D (d). Inside, time comes before features: u, dt (b, l, d); B, C (b, l, n).
+Differs from the paper: (1) is the form of the official code. The paper's (4) is zero-order
+hold for B too: (exp(dt A) - 1) / A B instead of dt B. They agree where dt |A| is small.
+
+Symbols: b batch, d features, l length; the paper's x, h are our u, x. u, y (b, d, l),
+x (b, d, n), A (d, n), D (d). Inside time comes first: u, dt (b, l, d), B, C (b, l, n).
 """
 
 import math
@@ -58,17 +52,15 @@ class SelectiveSSM(nn.Module):
     dt_min, dt_max: step sizes start log-uniform in between, for u = 0
     lr: learning rate of dt_proj, A and x_proj, stored in ssm_lr for the optimizer, or None
 
-    A_log and D are marked _no_weight_decay, and dt_proj.bias is marked _no_reinit, as in
-    the official code: example.py does not decay what is marked. A network that initializes
-    its linear layers anew must leave out the bias that is marked.
+    As in the official code, A_log and D have the attribute _no_weight_decay (example.py
+    does not decay them), and dt_proj.bias has _no_reinit: do not initialize it again.
     """
 
     def __init__(self, d_model, d_state=16, *, dt_rank="auto", dt_min=1e-3, dt_max=1e-1,
                  lr=None):
         super().__init__()
-        check(d_model > 0, f"{d_model=}: pass a positive number")
-        check(d_state > 0, f"{d_state=}: pass a positive number")
         dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        check(d_model > 0 and d_state > 0, f"{d_model=}, {d_state=}: pass positive numbers")
         check(dt_rank > 0, f"{dt_rank=}: pass auto, or a positive number")
         check(0 < dt_min <= dt_max < math.inf, f"{dt_min=}, {dt_max=}: pass 0 < min <= max")
         check(lr is None or lr >= 0, f"{lr=}: pass None, or lr >= 0")
@@ -86,52 +78,51 @@ class SelectiveSSM(nn.Module):
         self.ssm_lr = {} if lr is None else dict.fromkeys(names, lr)
 
     def mark_parameters(self):
-        """What optimizers and initializers of the official code look for."""
         for name, parameter in self.named_parameters():
             if name in ("A_log", "D"):
                 parameter._no_weight_decay = True
             if name == "dt_proj.bias":
                 parameter._no_reinit = True
 
-    def __setstate__(self, state):
-        """Called for a copy: copy.deepcopy leaves the marks of parameters out."""
+    def __setstate__(self, state):      # of a copy: copy.deepcopy drops the marks
         super().__setstate__(state)
         self.mark_parameters()
 
     def discretize(self, rate=1.0):
-        """A (d, n) float64, and rate. The discretization itself, exp(dt_k A) and dt_k B_k,
-        depends on the input, so that only these can be made once for many steps."""
-        check_rate(rate)
+        """A (d, n) float64, and rate. No exp(dt_k A) yet: dt_k depends on the input."""
+        if isinstance(rate, (torch.Tensor, list)) or not 0 < rate < math.inf:
+            raise ValueError(f"{rate=}: pass one positive number; for irregular sampling, "
+                             "call step with a rate of its own for each sample")
         check(self.D.dtype.itemsize > 2, f"parameters are {self.D.dtype}: use autocast")
         return -self.A_log.double().exp(), rate
 
     def initial_state(self, batch_size):
-        """x_{-1} = 0: (b, d, n) float64, so that steps do not add up rounding."""
+        """x_{-1} = 0: (b, d, n) float64, so that rounding stays small."""
         return self.D.new_zeros(batch_size, self.d, self.n, dtype=torch.float64)
 
     def select(self, u, rate):
-        """(2): u (.., d) -> dt (.., d), B (.., n), C (.., n)."""
-        low, B, C = self.x_proj(u).split([self.dt_rank, self.n, self.n], -1)
-        dt = rate * F.softplus(self.dt_proj(low))
+        """(2): u (.., d) -> dt (.., d), B (.., n), C (.., n). In single precision under
+        autocast, too, for a recurrence adds up rounding."""
+        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):
+            low, B, C = self.x_proj(u).split([self.dt_rank, self.n, self.n], -1)
+            dt = rate * F.softplus(self.dt_proj(low))
         return dt, B, C
 
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(1) once: u (b, d), state (b, d, n) -> y (b, d), next state.
         discrete: what discretize(rate) returned, to use it for many steps."""
         check_input(u, 2, self.d, state, (self.d, self.n))
-        check(discrete is None or rate == 1.0, f"{rate=}: it is in discrete, pass it there")
+        check(discrete is None or rate == 1.0, "rate is in discrete: pass it to discretize")
         A, rate = discrete or self.discretize(rate)
         v = u.to(self.D.dtype)
-        with full_precision(u):
-            dt, B, C = self.select(v, rate)
-        x = decay(dt, A) * state + drive(dt, B, v)              # (b, d, n)
-        y = read(C, x) + self.D * v                             # (b, d)
-        return y.to(u.dtype), x
+        dt, B, C = self.select(v, rate)
+        y, x = one_step(v, dt, B, C, A, state)
+        return (y + self.D * v).to(u.dtype), x
 
     def forward(self, u, state=None, *, rate=1.0, method="scan"):
         """u (b, d, l), state (b, d, n) or None -> y (b, d, l), last state or None.
 
-        rate: factor on every dt_k: 2.0 for the same signal sampled half as often
+        rate: factor on every dt_k: 2.0 for about the same signal sampled half as often
         method: scan, or step, one after the other: the same numbers
         Raises ValueError for a u, state, rate or method that does not fit.
         """
@@ -142,14 +133,13 @@ class SelectiveSSM(nn.Module):
         A, rate = self.discretize(rate)
         v = u.to(self.D.dtype).mT.contiguous()                  # (b, l, d)
         x = self.initial_state(u.shape[0]) if state is None else state
-        with full_precision(u):
-            dt, B, C = self.select(v, rate)
-            y, x = selective_scan(v, dt, A.to(v.dtype), B, C, x.to(v.dtype))
-        y = y + self.D * v                                      # (b, l, d)
-        return y.mT.to(u.dtype), None if state is None else x.double()
+        dt, B, C = self.select(v, rate)
+        y, x = selective_scan(v, dt, B, C, A.to(v.dtype), x.to(v.dtype))
+        y = (y + self.D * v).mT                                 # (b, d, l)
+        return y.to(u.dtype), None if state is None else x.double()
 
     def recurrence(self, u, state, rate):
-        """(1), one step after the other: the same numbers as forward()."""
+        """(1), one step after the other: equal to the parallel form up to rounding."""
         x = self.initial_state(u.shape[0]) if state is None else state
         discrete = self.discretize(rate)
         outputs = []
@@ -168,16 +158,14 @@ class Mamba(SelectiveSSM):
     expand, dt_rank: d / h; auto is h / 16, rounded up
     bias, conv_bias: of W_in and W_out, and of conv. The others as in SelectiveSSM
 
-    A state is a pair: the last inputs of the convolution, (b, d, d_conv - 1), and x
-    (b, d, n). The official block holds the parameters of the SSM itself, under these names;
-    so Mamba is a SelectiveSSM with maps around it, and its checkpoints load.
+    A state is a pair: the last inputs of conv, (b, d, d_conv - 1), and x (b, d, n). The
+    official block holds the parameters of the SSM itself: for its names, a subclass.
     """
 
     def __init__(self, d_model, d_state=16, *, d_conv=4, expand=2, dt_rank="auto",
                  bias=False, conv_bias=True, dt_min=1e-3, dt_max=1e-1, lr=None):
-        check(d_model > 0, f"{d_model=}: pass a positive number")
-        check(d_conv > 0, f"{d_conv=}: pass a positive number")
-        check(expand > 0, f"{expand=}: pass a positive number")
+        check(d_model > 0 and d_conv > 0 and expand > 0,
+              f"{d_model=}, {d_conv=}, {expand=}: pass positive numbers")
         dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         super().__init__(expand * d_model, d_state, dt_rank=dt_rank, dt_min=dt_min,
                          dt_max=dt_max, lr=lr)
@@ -219,108 +207,96 @@ class Mamba(SelectiveSSM):
         return o.mT.to(u.dtype), None if state is None else (inputs, x)
 
 
-# ---- the three parts of (1), of one step or of many ----
+# ---- (1) once, step by step, in blocks, and in groups of blocks ----
+# u, dt (.., l, d), B, C (.., l, n), A (.., d, n), x (.., d, n) -> y (.., l, d), last x
 
-def decay(dt, A):
-    """exp(dt A): dt (.., d), A (d, n) -> (.., d, n)."""
-    return torch.exp(dt[..., None] * A)
-
-
-def drive(dt, B, u):
-    """dt B u: dt, u (.., d), B (.., n) -> (.., d, n)."""
-    return (dt * u)[..., None] * B[..., None, :]
+def one_step(u, dt, B, C, A, x):
+    """(1) without D. Shapes as above, without l."""
+    x = torch.exp(dt[..., None] * A) * x + (dt * u)[..., None] * B[..., None, :]
+    y = (C[..., None, :] * x).sum(-1)
+    return y, x
 
 
-def read(C, x):
-    """C x: C (.., n), x (.., d, n) -> (.., d)."""
-    return (x * C[..., None, :]).sum(-1)
-
-
-# ---- the scan: by the definition, in blocks, and in groups of blocks ----
-# u, dt (.., l, d), A (.., d, n), B, C (.., l, n), x (.., d, n) -> y (.., l, d), last x
-
-def step_by_step(u, dt, A, B, C, x):
-    """The definition (1), without D."""
+def step_by_step(u, dt, B, C, A, x):
+    """The definition."""
     outputs = []
-    for k in range(u.shape[-2]):
-        u_k, dt_k, B_k, C_k = (t[..., k, :] for t in (u, dt, B, C))
-        x = decay(dt_k, A) * x + drive(dt_k, B_k, u_k)
-        outputs.append(read(C_k, x))
+    for part in zip(*(t.unbind(-2) for t in (u, dt, B, C))):
+        y_k, x = one_step(*part, A, x)
+        outputs.append(y_k)
     return torch.stack(outputs, -2), x
 
 
-def scan_blocks(u, dt, A, B, C, x, T=16):
-    """The same by linear_scan: time is k = jT + i, with J blocks of T steps."""
-    l = u.shape[-2]
-    u, dt, B, C = (in_blocks(t, -2, T) for t in (u, dt, B, C))      # (.., J, T, d or n)
-    v = [drive(*parts) for parts in zip(dt.unbind(-2), B.unbind(-2), u.unbind(-2))]
-    states = linear_scan(dt, A[..., None, :, :], v, x)
-    y = [(x_i @ C_i[..., None])[..., 0] for x_i, C_i in zip(states, C.unbind(-2))]
-    return torch.stack(y, -2).flatten(-3, -2)[..., :l, :], states[-1][..., -1, :, :]
+def scan_blocks(u, dt, B, C, A, x):
+    """The same by linear_scan, with features last, which is faster: A, x (.., n, d)."""
+    dtu, dt_, B, C = (in_slices(t, -2) for t in (dt * u, dt, B, C))
+    v = [B_i[..., None] * w[..., None, :] for w, B_i in zip(dtu, B)]    # (.., J, n, d) each
+    y = []
+    for C_i, x_i in zip(C, linear_scan(dt_, v, A[..., None, :, :], x)):
+        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):
+            y.append((C_i[..., None, :] @ x_i)[..., 0, :])              # (.., J, d)
+    y = torch.stack(y, -2).flatten(-3, -2)[..., :u.shape[-2], :]
+    return y, x_i[..., -1, :, :]
 
 
-def in_blocks(t, dim, T):
-    """Time, which is dimension dim, as (J, T). dt = 0 in what is added keeps the state."""
+def in_slices(t, dim, T=16):
+    """Time, which is dimension dim of t, is k = jT + i, in J blocks of T steps, the last
+    one filled with zeros (dt = 0 keeps x): the T slices of all k with one i."""
     padding = [0, 0] * (-1 - dim) + [0, -t.shape[dim] % T]
-    return F.pad(t, padding).unflatten(dim, (-1, T))
+    return F.pad(t, padding).unflatten(dim, (-1, T)).unbind(dim)
 
 
-def linear_scan(dt, A, v, x):
-    """All x_k = exp(dt_k A) x_{k-1} + v_k: dt (.., J, T, d); v and the result are lists of
-    T slices (.., J, d, n), x (.., d, n) is x_{-1}.
+def linear_scan(dt, v, A, x):
+    """All x_k = exp(dt_k A) x_{k-1} + v_k from x_{-1} = x: dt (.., J, d) and v
+    (.., J, d, n) in T slices, as is the result. Slices are faster than one large tensor.
 
-    All J blocks at once, each from 0, for their ends; from the ends, by the same function,
-    where each block really starts; then all blocks at once again, from there. Slices are
-    faster than one large tensor. With P the cumulative product of decays,
-    cumsum(v / P) P would be shorter, but P underflows.
+    All J blocks at once, each from 0, for their ends; by these, in the same way, where each
+    block really starts; then all at once again, from there. Why not cumsum(v / P) P, with P
+    the cumulative product of decays? P underflows.
     """
-    J, T = dt.shape[-3:-1]
-    a = [decay(dt_i, A) for dt_i in dt.unbind(-2)]
+    decays = [torch.exp(dt_i[..., None, :] * A) for dt_i in dt]
+    J = dt[0].shape[-2]
     state = x[..., None, :, :]
     if J > 1:
         end = v[0]
-        for a_i, v_i in zip(a[1:], v[1:]):
-            end = torch.addcmul(v_i, a_i, end)                      # (.., J, d, n)
-        ends = in_blocks(end, -3, T).unbind(-3)
-        later = linear_scan(in_blocks(dt.sum(-2), -2, T), A, ends, x)
-        later = torch.stack(later, -3).flatten(-4, -3)              # (.., J or more, d, n)
-        state = torch.cat([state, later[..., :J - 1, :, :]], -3)
-    states = []
-    for a_i, v_i in zip(a, v):
-        state = torch.addcmul(v_i, a_i, state)                      # (.., J, d, n)
-        states.append(state)
-    return states
+        for decay, v_i in zip(decays[1:], v[1:]):
+            end = torch.addcmul(v_i, decay, end)                    # (.., J, d, n)
+        dt_j = torch.stack(dt).sum(0)                               # (.., J, d)
+        ends = linear_scan(in_slices(dt_j, -2), in_slices(end, -3), A, x)
+        ends = torch.stack(list(ends), -3).flatten(-4, -3)[..., :J - 1, :, :]
+        state = torch.cat([state, ends], -3)                        # (.., J, d, n)
+    for decay, v_i in zip(decays, v):
+        state = torch.addcmul(v_i, decay, state)
+        yield state
 
 
-def selective_scan(u, dt, A, B, C, x, largest=2 ** 22):
-    """The same in groups of steps with about `largest` states, one after the other. The
-    last two groups are kept for the backward pass, which begins there, and those before
-    are computed once more: less memory for more time."""
-    states = x.numel()                                              # of one step
-    group = max(16, largest // states // 16 * 16)                   # steps
-    parts = [t.split(group, -2) for t in (u, dt, B, C)]
-    recomputed = len(parts[0]) - 2
-    outputs = []
-    for i, (u_i, dt_i, B_i, C_i) in enumerate(zip(*parts)):
-        part = (u_i, dt_i, A, B_i, C_i, x)
-        if i < recomputed and torch.is_grad_enabled():
-            y, x = checkpoint(scan_blocks, *part, use_reentrant=False)
+def selective_scan(u, dt, B, C, A, x, largest=2 ** 22):
+    """The same in groups of steps with about `largest` states. The last two or so are kept
+    for the backward pass, which begins there, and those before are computed once more. Each
+    group is a block shorter than the one before, so that its tensors fit into what that one
+    has freed: the malloc of glibc looks for a few bytes more than a tensor has.
+    """
+    J = max(1, largest // x.numel() // 16)                          # blocks, on average
+    A, x = A.mT.contiguous(), x.mT
+    outputs, start, l = [], 0, u.shape[-2]
+    while start < l:
+        stop = start + 16 * (J + J // 2 - len(outputs) % J)
+        part = [t[..., start:stop, :] for t in (u, dt, B, C)]
+        if l - stop > 32 * J and torch.is_grad_enabled():
+            y, x = checkpoint(scan_blocks, *part, A, x, use_reentrant=False)
         else:
-            y, x = scan_blocks(*part)
+            y, x = scan_blocks(*part, A, x)
         outputs.append(y)
-    return torch.cat(outputs, -2), x
+        start = stop
+    return torch.cat(outputs, -2), x.mT
 
 
 def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None,
                       delta_softplus=False, return_last_state=False, initial_state=None,
                       scan=selective_scan):
-    """(1) for given dt, B, C: in place of the CUDA function of that name, on any device,
-    for real A.
+    """(1) for given dt, B, C: in place of the CUDA function of that name, for real A.
 
-    u, delta, z (b, d, l), A (d, n), D, delta_bias (d)
-    B, C (b, n, l); or (b, g, n, l), one for each of g groups of d / g features; or (d, n),
-    one for each feature, constant in time
-    initial_state (b, d, n), or None for zeros
+    u, delta, z (b, d, l), A (d, n), D, delta_bias (d), initial_state (b, d, n) or None
+    B, C (b, n, l); or (b, g, n, l), for g groups of features; or (d, n), constant in time
     dt = delta + delta_bias, or its softplus; z: multiplies the output by silu(z)
     -> y (b, d, l) as u, and with return_last_state also the last state (b, d, n)
     Raises ValueError for other shapes or types.
@@ -329,56 +305,39 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None,
     check(A.dim() == 2, f"A is {tuple(A.shape)}: pass floats (d, n)")
     b, d, l = u.shape
     n = A.shape[1]
+    g = max([1] + [t.shape[1] for t in (B, C) if t.dim() == 4])
+    BC = ((b, n, l), (b, g, n, l), (d, n))
     given = {"u": (u, (b, d, l)), "A": (A, (d, n)), "delta": (delta, (b, d, l)),
-             "D": (D, (d,)), "z": (z, (b, d, l)), "delta_bias": (delta_bias, (d,)),
-             "initial_state": (initial_state, (b, d, n))}
-    for name, (t, shape) in given.items():
+             "B": (B, *BC), "C": (C, *BC), "D": (D, (d,)), "z": (z, (b, d, l)),
+             "delta_bias": (delta_bias, (d,)), "initial_state": (initial_state, (b, d, n))}
+    for name, (t, *shapes) in given.items():
         if t is not None:
-            check(t.shape == shape and t.is_floating_point() and t.numel() > 0,
-                  f"{name} is {t.dtype} {tuple(t.shape)}: pass floats {shape}")
+            check(t.shape in shapes and t.is_floating_point() and t.numel() > 0,
+                  f"{name} is {t.dtype} {tuple(t.shape)}: pass floats, one of {shapes}")
+    check(d % g == 0, f"B, C have {g} groups: pass a divisor of {d=}")
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
-    B, C = in_groups("B", B, b, d, n, l), in_groups("C", C, b, d, n, l)
-    g = max(B.shape[1], C.shape[1])
-    check({B.shape[1], C.shape[1]} <= {1, g}, "B, C: pass as many groups in both")
-    B, C = (t.to(dtype).expand(b, g, n, l).mT for t in (B, C))      # (b, g, l, n)
-    with full_precision(u):
-        v, dt = u.to(dtype), delta.to(dtype)
-        if delta_bias is not None:
-            dt = dt + delta_bias[:, None]
-        if delta_softplus:
-            dt = F.softplus(dt)
-        x = v.new_zeros(b, d, n) if initial_state is None else initial_state.to(dtype)
-        # each group of features is a batch of its own
-        parts = [t.unflatten(1, (g, -1)).mT.contiguous() for t in (v, dt)]
-        y, x = scan(*parts, A.to(dtype).unflatten(0, (g, -1)), B, C,
-                    x.unflatten(1, (g, -1)))
-        y = y.mT.flatten(1, 2)                                      # (b, d, l)
-        if D is not None:
-            y = torch.addcmul(y, D[:, None], v)
-        if z is not None:
-            y = y * F.silu(z.to(dtype))
+    v, dt = u.to(dtype), delta.to(dtype)
+    if delta_bias is not None:
+        dt = dt + delta_bias[:, None]
+    if delta_softplus:
+        dt = F.softplus(dt)
+    x = v.new_zeros(b, d, n) if initial_state is None else initial_state
+    B, C = (t[..., None].expand(b, d, n, l) if t.dim() == 2 else t.reshape(b, -1, n, l)
+            for t in (B, C))
+    g = max(B.shape[1], C.shape[1])                         # d, if one is constant
+    B, C = (t.to(dtype).repeat_interleave(g // t.shape[1], 1) for t in (B, C))
+    A, x, u_g, dt = (t.to(dtype).unflatten(-2, (g, -1)) for t in (A, x, v, dt))
+    y, x = scan(*(t.mT.contiguous() for t in (u_g, dt, B, C)), A, x)
+    y = y.mT.flatten(1, 2)                                  # (b, d, l)
+    if D is not None:
+        y = torch.addcmul(y, D[:, None], v)
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
     y = y.to(u.dtype)
     return (y, x.flatten(1, 2)) if return_last_state else y
 
 
-def in_groups(name, t, b, d, n, l):
-    """B or C of selective_scan_fn as (b or 1, g, n, l or 1)."""
-    fits = t.shape in ((d, n), (b, n, l)) or \
-        t.dim() == 4 and t.shape == (b, t.shape[1], n, l) and d % max(t.shape[1], 1) == 0
-    check(fits and t.is_floating_point() and t.numel() > 0, f"{name} is {t.dtype} "
-          f"{tuple(t.shape)}: pass floats {(b, n, l)}, {(b, 'g', n, l)} or {(d, n)}")
-    if t.dim() == 2:
-        return t[None, :, :, None]
-    return t[:, None] if t.dim() == 3 else t
-
-
-# the same by the definition, one step after the other
-selective_scan_seq = partial(selective_scan_fn, scan=step_by_step)
-
-
-def full_precision(u):
-    """Switch autocast off: half precision is too coarse for a long recurrence."""
-    return torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False)
+selective_scan_seq = partial(selective_scan_fn, scan=step_by_step)      # the slow twin
 
 
 def check_input(u, dims, features, state, shape):
@@ -394,16 +353,8 @@ def check_input(u, dims, features, state, shape):
               "state: pass one of the shape and type of initial_state()")
 
 
-def check_rate(rate):
-    """rate is one positive number for the whole call."""
-    check(not isinstance(rate, (torch.Tensor, list)), "rate: pass one number for the whole "
-          "call; for irregular sampling call step with a rate of its own for each sample")
-    if not 0 < rate < math.inf:     # not by check(): torch.compile cannot print a rate
-        raise ValueError(f"{rate=}: pass a positive number")
-
-
 def check(ok, message):
-    """Raise a ValueError unless ok."""
+    """Raise a ValueError unless ok. Not for rate or l: torch.compile can't print them."""
     if not ok:
         raise ValueError(message)
 
@@ -415,13 +366,12 @@ if __name__ == "__main__":
     l, layer = 1000, SelectiveSSM(d_model=4)
     u = torch.randn(2, 4, l)
     y, _ = layer(u)
-    stepped, _ = layer(u, method="step")
     first, state = layer(u[..., :300], layer.initial_state(2))
     second, state = layer(u[..., 300:], state)
     smooth = torch.linspace(0, 6, l).sin().expand(2, 4, l)
     full, _ = layer(smooth)
     half, _ = layer(smooth[..., 1::2], rate=2.0)
-    for what, a, b in (("scan, recurrence", y, stepped),
+    for what, a, b in (("scan, recurrence", y, layer(u, method="step")[0]),
                        ("whole, two pieces", y, torch.cat([first, second], -1)),
-                       ("rate 1, every second at rate 2: about", full[..., 1::2], half)):
+                       ("rate 1, rate 2 (about equal)", full[..., 1::2], half)):
         print(f"{what:<36} differ by {(a - b).abs().max() / b.abs().max():.1e}")
