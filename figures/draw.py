@@ -347,7 +347,9 @@ def draw_run(folder, data_dir):
 def test_images(args, data_dir, n):
     """n images (n, 1024, c) of the data that the run was trained on, or built-in ones."""
     folder = data_dir / example.FOLDER
-    if args.data != "cifar10" or not folder.is_dir():
+    if args.data == "cifar10" and not folder.is_dir():
+        print(f"no {folder}, pass --data-dir: built-in images are read instead")
+    if args.data == "builtin" or not folder.is_dir():
         folder = None
     flags = vars(args) | {"limit": n, "device": "cpu"}
     return example.load_data(Namespace(**flags), folder)[2].float()
