@@ -63,7 +63,7 @@ class S4(nn.Module):
     """(b, d_model, l) -> (b, m d_model, l), with D, without activation and without mixing
     of features, except in the Block around it if gate or bottleneck is given.
 
-    d_model, d_state: h (h bottleneck, if given), and n (even), stored as n/2 complex numbers
+    d_model, d_state: h (times bottleneck, if given), and n (even), as n/2 complex numbers
     mode: nplr, as above, or diag: A = Lambda, as in s4d.py
     measure: where A starts. nplr: legs, legt, fout, or hippo (legs and fout in turn);
         diag: see initial_eigenvalues
