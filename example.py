@@ -585,7 +585,8 @@ def prepare(given):
         optimizer.load_state_dict(saved["optimizer"])
         return args, net, optimizer, saved["history"]
     except (ImportError, KeyError, ValueError, RuntimeError) as error:
-        sys.exit(f"--model {given.get('model', 's4d')}: {str(error).splitlines()[0]}")
+        message = " ".join(str(error).split())          # in one line
+        sys.exit(f"--model {given.get('model', 's4d')}: {message}")
 
 
 def run(args, net, optimizer, history):
@@ -610,8 +611,9 @@ def run(args, net, optimizer, history):
     if not args.eval:
         result.unlink(missing_ok=True)
         train(args, net, optimizer, history, images, labels, len(test_images))
-        net.load_state_dict(load(folder / "best.pt")["model"])
     if RANK == 0:
+        if not args.eval:
+            net.load_state_dict(load(folder / "best.pt")["model"])
         results = {"parameters": size}
         results["modes"] = compare_modes(args, net, test_images, test_labels)
         results["seconds per epoch"] = float(np.median([row["seconds"] for row in history]))
@@ -712,8 +714,9 @@ def load(path):
     """What save wrote, or a ValueError."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        complete = saved.keys() >= {"model", "optimizer", "history"}
-        check(complete and saved["args"].keys() >= DEFAULTS.keys(), "keys are missing")
+        check(saved.keys() >= {"model", "optimizer", "history", "args"}
+              and saved["optimizer"].keys() >= {"state", "param_groups"}
+              and saved["args"].keys() >= DEFAULTS.keys(), "parts are missing")
         return saved
     except Exception as error:          # of many kinds, for a file that save did not write
         raise ValueError(f"{path} not found, damaged or no checkpoint: "
