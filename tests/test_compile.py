@@ -1,0 +1,139 @@
+"""torch.compile by its default backend, inductor, torch.jit.trace, and any length.
+
+Inductor has returned right outputs with wrong gradients where a view of a permuted tensor
+met a complex number, so that every gradient is compared here.
+
+    python tests/test_compile.py --all          every case, method, state and two lengths
+    python tests/test_compile.py --all s4       those whose name contains s4; all: hours
+"""
+
+import shutil
+import sys
+import time
+import warnings
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch._inductor import config
+
+from layers import CASES, error, leaves, like, random_state, signal
+
+FEW = [     # name, method, with a state: each way to a kernel and each scan
+    ("s4d", "conv", True), ("s4", "conv", False), ("s4", "conv", True),
+    ("s4-diag-inv", "conv", True), ("dss", "conv", True), ("gss", "conv", True),
+    ("lssl-each", "conv", True), ("s5", "scan", True), ("lru", "scan", True),
+    ("lru", "conv", True), ("selective", "scan", True), ("mamba", "scan", False)]
+
+
+def named(name):
+    return next(case for case in CASES if case.name == name)
+
+
+def run(layer, call, u, x, method):
+    """Outputs and the gradients of a sum over them, by name."""
+    u = u.clone().requires_grad_()
+    if x is not None:
+        x = like(x, [t.clone().requires_grad_() for t in leaves(x)])
+    y, last = call(u, x, method=method)
+    loss = (y * signal(*y.shape, seed=5)).sum()
+    for t in leaves(last):
+        real = torch.view_as_real(t) if t.is_complex() else t
+        weights = torch.randn(real.shape, generator=torch.Generator().manual_seed(6))
+        loss = loss + (real * weights).sum()
+    inputs = {"u": u} | {f"state {i}": t for i, t in enumerate(leaves(x))} | \
+        {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, inputs.values(), allow_unused=True)
+    results = {"y": y} | {f"last {i}": t for i, t in enumerate(leaves(last))}
+    for name, gradient in zip(inputs, gradients):
+        if gradient is not None:                # of C in mode dss, there is one without B
+            results[f"gradient of {name}"] = gradient
+    return results
+
+
+def compare(case, method, with_state, l):
+    """{what: relative difference between compiled and eager}, the largest first."""
+    torch._dynamo.reset()
+    layer = case.build()
+    u = signal(2, case.h, l)
+    x = random_state(layer, 2) if with_state else None
+    expected = run(layer, layer, u, x, method)
+    found = run(layer, torch.compile(layer, fullgraph=True), u, x, method)
+    assert found.keys() == expected.keys()
+    differences = {what: error(found[what], expected[what]) for what in expected}
+    return dict(sorted(differences.items(), key=lambda pair: -pair[1]))
+
+
+@pytest.mark.skipif(not shutil.which(config.cpp.cxx[1]),
+                    reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name, method, with_state", FEW)
+@config.patch({"disable_cpp_codegen": True, "compile_threads": 1, "cpp.vec_isa_ok": False})
+def test_compiled_gradients(name, method, with_state):
+    """All of inductor but for the fusion into C++ loops, which takes a second for each loop
+    to compile; `python tests/test_compile.py --all` has them. Strides, views and complex
+    numbers, where it went wrong, are the same. 7 steps are two digits of time."""
+    differences = compare(named(name), method, with_state, 7)
+    assert max(differences.values()) <= 1e-4, differences
+
+
+@pytest.mark.parametrize("name, lengths", [("s5", 34), ("lru", 34), ("selective", 18)])
+def test_lengths_share_a_graph(name, lengths):
+    """With dynamic=True a scan has one graph for all lengths of as many blocks, here the
+    same for 12 lengths; torch.compile gives up after eight graphs of a function."""
+    torch._dynamo.reset()
+    case = named(name)
+    layer = case.build()
+    counter = CompileCounter()
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for l in range(lengths, lengths + 12):
+            u = signal(2, case.h, l)
+            assert error(compiled(u)[0], layer(u)[0]) <= 1e-5, l
+    assert counter.frame_count == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_traced(case):
+    """torch.jit.trace, at the traced length. A trace rounds a product of Python numbers and
+    a tensor to single precision where l is in it, also if the tensor is in double."""
+    layer = case.build().requires_grad_(False)
+    u = signal(2, case.h, 30)
+    v = signal(2, case.h, 30, seed=3)
+
+    def call(u):
+        return layer(u)[0]
+    traced = torch.jit.trace(call, (u,), check_trace=False)
+    assert error(traced(v), call(v)) <= 1e-5
+    if case.has_state:
+        x = random_state(layer, 2)
+        traced = torch.jit.trace(layer.forward, (u, x), check_trace=False)
+        assert error(traced(v, x), layer(v, x)) <= 1e-5
+
+
+def main(words):
+    """Compile everything whose name contains one of the words; print one line for each."""
+    warnings.simplefilter("ignore")
+    worst = 0
+    for case in CASES:
+        if words and not any(word in case.name for word in words):
+            continue
+        for method in case.methods:
+            for with_state in (False, True)[:1 + case.has_state]:
+                for l in (1, 4) if method == "step" else (7, 70):
+                    start = time.time()
+                    differences = compare(case, method, with_state, l)
+                    what, difference = next(iter(differences.items()))
+                    worst = max(worst, difference)
+                    state = "state" if with_state else "no state"
+                    print(f"{case.name:<20}{method:<6}{state:<9} l = {l:<4}{difference:8.1e}"
+                          f"  {what:<26}{time.time() - start:5.0f} s", flush=True)
+    print(f"largest difference {worst:.1e}")
+    return worst
+
+
+if __name__ == "__main__":
+    if "--all" not in sys.argv[1:]:
+        sys.exit(__doc__)
+    sys.exit(main([word for word in sys.argv[1:] if word != "--all"]) > 1e-4)

@@ -1,0 +1,360 @@
+"""What users of such layers have run into: gradients that are not finite, arguments that do
+nothing, states of another layout, wrapped linear maps, padding, huge samples."""
+
+import importlib
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from layers import (CASES, DOUBLE, error, in_steps, leaves, like, random_state, signal)
+
+STATEFUL = [case for case in CASES if case.has_state]
+LAYERS = ["lssl", "s4", "s4-diag-inv", "dss", "s4d", "gss", "s5", "lru", "selective",
+          "mamba"]
+SMALL = [case for case in CASES if case.name in LAYERS]
+
+
+def each(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+def build(name, h, d_state, **options):
+    torch.manual_seed(0)
+    module, cls = name.split(".")
+    return getattr(importlib.import_module(module), cls)(h, d_state, **options)
+
+
+def finite_gradients(layer, h, l, **options):
+    """Output, and the gradients of its mean square for the parameters, are finite."""
+    y, _ = layer(signal(1, h, l), **options)
+    y.square().mean().backward()
+    assert y.isfinite().all()
+    for name, p in layer.named_parameters():
+        assert p.grad is None or p.grad.isfinite().all(), name
+
+
+# ---- finite gradients ----
+
+def sizes():
+    """|log A_bar| from 1e-8 to 1e4, closely where exp(-size) is subnormal."""
+    return torch.cat([torch.logspace(-8, 4, 200, **DOUBLE), torch.linspace(690, 760, 71)])
+
+
+@pytest.mark.parametrize("l", [2, 7, 1000, 16384])
+@pytest.mark.parametrize("file", ["s4d", "dss", "gss"])
+def test_gradients_of_powers(file, l):
+    """c log A_bar has these sizes, c being 1, a block length, or the last power."""
+    powers = importlib.import_module(file).powers
+    T = int(l ** 0.5)
+    for c in {1, T, (l - 1) // T * T, l} - {0}:
+        for angle in (0.0, 2.0):
+            A_bar = torch.exp(torch.complex(-sizes() / c, torch.full_like(sizes(), angle)))
+            for dtype in (torch.float32, torch.float64):
+                x = A_bar[None].clone().requires_grad_()
+                tens, ones = powers(x, l, dtype)
+                (tens.abs().sum() + ones.real.sum()).backward()
+                assert tens.isfinite().all() and x.grad.isfinite().all(), (c, angle)
+
+
+@pytest.mark.parametrize("file", ["s5", "lru"])
+def test_gradients_of_states_by_fft(file):
+    l = 200
+    fft_scan = importlib.import_module(file).fft_scan
+    for c in (1, l - 1, l):
+        a = torch.exp(torch.complex(-sizes() / c, torch.ones_like(sizes()))).requires_grad_()
+        v = torch.randn(1, l, len(a), dtype=torch.complex64)
+        x = torch.randn(1, len(a), dtype=torch.complex128)
+        states = fft_scan(a, v, x)
+        states.real.sum().backward()
+        assert states.isfinite().all() and a.grad.isfinite().all(), c
+
+
+DEFAULTS = [
+    ("s4d.S4D", 16, {}), ("s4d.S4D", 128, {"measure": "diag-real"}),
+    ("s4d.S4D", 16, {"measure": "diag-real", "dt_min": 10.0, "dt_max": 10.0}),
+    ("s4d.S4D", 16, {"measure": "diag-quad", "disc": "bilinear"}), ("s4.S4", 4, {}),
+    ("s4.S4", 4, {"measure": "fout", "dt_max": 10.0}), ("lssl.LSSL", 2, {}),
+    ("s4.S4", 16, {"mode": "diag", "measure": "diag-real"}),
+    ("dss.DSS", 16, {"l_max": 2 ** 18}), ("dss.DSS", 16, {"version": "exp"}),
+    ("gss.GSS", 16, {}), ("s5.S5", 4, {}), ("lru.LRU", 4, {}),
+    ("lru.LRU", 4, {"r_min": 0.999, "r_max": 1.0}), ("selective_scan.SelectiveSSM", 2, {}),
+    ("selective_scan.Mamba", 2, {"dt_max": 10.0})]
+
+
+@pytest.mark.parametrize("name, h, options", DEFAULTS, ids=str)
+def test_gradients_as_built(name, h, options):
+    n = 16 if "selective" in name else 64
+    for l in (1000, 16384):
+        finite_gradients(build(name, h, n, **options), h, l)
+    if name in ("s5.S5", "lru.LRU"):
+        finite_gradients(build(name, h, n, **options), h, 1000, method="conv")
+
+
+@pytest.mark.parametrize("name, n, options", [
+    ("s4d.S4D", 64, {"measure": "diag-real"}), ("gss.GSS", 64, {}), ("lru.LRU", 8, {}),
+    ("dss.DSS", 64, {"version": "exp"})], ids=str)
+def test_gradients_as_built_at_length(name, n, options):
+    finite_gradients(build(name, 4, n, **options), 4, 2 ** 18)
+
+
+@pytest.mark.parametrize("name", ["gss.GSS", "dss.DSS", "s4d.S4D"])
+def test_gradients_at_any_rate(name):
+    for rate in (1e-6, 11.2, 1e5):
+        options = {"version": "exp"} if name == "dss.DSS" else {}
+        finite_gradients(build(name, 128, 64, **options), 128, 1024, rate=rate)
+
+
+ZERO = [("s5.S5", {}, ["Lambda_re", "Lambda_im"]), ("dss.DSS", {}, ["Lambda_re", "Lambda_im"]),
+        ("s5.S5", {"disc": "bilinear"}, ["Lambda_re", "Lambda_im"]),
+        ("s4.S4", {"mode": "diag", "real_type": "none"}, ["log_A_real", "A_imag"])]
+
+
+@pytest.mark.parametrize("name, options, parameters", ZERO, ids=str)
+def test_gradient_where_A_is_exactly_0(name, options, parameters):
+    """Against differences: B_bar and its derivative have limits there."""
+    layer = build(name, 4, 8, **options).double()
+    values = [layer.get_parameter(parameter) for parameter in parameters]
+    with torch.no_grad():
+        for p in values:
+            p[..., 0] = 0
+        if hasattr(layer, "B"):
+            layer.B.fill_(0.7)
+    u = signal(1, 4, 30, **DOUBLE)
+    loss = layer(u)[0].square().sum()
+    gradients = torch.autograd.grad(loss, values)
+    for p, gradient in zip(values, gradients):
+        with torch.no_grad():
+            p[..., 0] = 1e-7
+            above = layer(u)[0].square().sum()
+            p[..., 0] = -1e-7
+            below = layer(u)[0].square().sum()
+            p[..., 0] = 0
+        difference = (above - below) / 2e-7
+        assert abs(gradient[..., 0].sum() - difference) <= 1e-4 * (1 + abs(difference))
+
+
+# ---- arguments ----
+
+@each(STATEFUL)
+def test_rate_and_discrete_together(case):
+    layer, u = case.build(), signal(2, case.h, 1)[..., 0]
+    x, discrete = layer.initial_state(2), layer.discretize(2.0)
+    with pytest.raises(ValueError, match="^rate .*discrete"):
+        layer.step(u, x, rate=2.0, discrete=discrete)
+    layer.step(u, x, discrete=discrete)
+
+
+@each(STATEFUL)
+def test_no_state_in_step(case):
+    with pytest.raises(ValueError, match=r"^state: .*initial_state\(\)"):
+        case.build().step(signal(2, case.h, 1)[..., 0], None)
+
+
+@each(CASES)
+def test_a_rate_for_each_sample(case):
+    layer, u = case.build(), signal(2, case.h, 8)
+    rates = (torch.ones(8), torch.tensor(2.0), [1.0] * 8)
+    calls = [lambda rate=rate: layer(u, rate=rate) for rate in rates]
+    if hasattr(layer, "kernel"):
+        calls += [lambda rate=rate: layer.kernel(8, rate=rate) for rate in rates]
+    if case.has_state:
+        x = layer.initial_state(2)
+        calls += [lambda rate=rate: layer.step(u[..., 0], x, rate=rate) for rate in rates]
+        calls += [lambda rate=rate: layer.discretize(rate) for rate in rates]
+    for call in calls:
+        with pytest.raises(ValueError, match="^rate.* one positive number; for irregular "
+                           "sampling, call step with a rate of its own for each sample"):
+            call()
+
+
+@each(CASES)
+def test_time_before_features(case):
+    """The message says what is expected, and the input does not satisfy it."""
+    layer = case.build()
+    with pytest.raises(ValueError, match=rf"^u is .*\(2, 100, {case.h}\): pass .*"
+                       rf"\(b, {case.h}, l\)"):
+        layer(signal(2, 100, case.h))
+
+
+@pytest.mark.parametrize("name", ["s4.S4", "s5.S5"])
+def test_bidirectional_by_steps(name):
+    """Nobody passed a state, so that the message names the step too."""
+    layer = build(name, 4, 8, bidirectional=True)
+    with pytest.raises(ValueError, match="^bidirectional=True: .* no step"):
+        layer(signal(1, 4, 5), method="step")
+
+
+def test_sizes_that_are_not_whole():
+    with pytest.raises((ValueError, TypeError)):
+        build("s4d.S4D", 4, 8.0)
+
+
+# ---- states ----
+
+def layouts(x):
+    """The same numbers in other strides: sliced, transposed in memory, and conjugated
+    lazily; each a list of leaves."""
+    parts = leaves(x)
+    padded = [torch.stack([t, t.flip(0)], -1)[..., 0] for t in parts]
+    wider = [torch.cat([t, t], -1)[..., :t.shape[-1]] for t in parts]
+    moved = [t.mT.contiguous().mT for t in parts]
+    lazy = [t.conj().resolve_conj().conj() if t.is_complex() else t for t in parts]
+    return [padded, wider, moved, lazy]
+
+
+@each(STATEFUL)
+def test_states_of_any_layout(case):
+    layer, u = case.build(), signal(2, case.h, 4)
+    one = random_state(layer, 1)
+    x = like(one, [t.expand(2, *t.shape[1:]) for t in leaves(one)])
+    whole = like(one, [t.contiguous() for t in leaves(x)])
+    states = [x] + [like(one, parts) for parts in layouts(random_state(layer, 2))]
+    plain = [whole] + [like(one, [t.contiguous() for t in leaves(s)]) for s in states[1:]]
+    for state, expected in zip(states, plain):
+        for method in case.methods:
+            found = layer(u, state, method=method)
+            assert error(found, layer(u, expected, method=method)) <= 1e-6, method
+            sum(t.abs().sum() for t in [found[0], *leaves(found[1])]).backward()
+        found = layer.step(u[..., 0], state)
+        assert error(found, layer.step(u[..., 0], expected)) <= 1e-6
+
+
+@each(SMALL)
+def test_state_after_padding(case):
+    """Outputs of right-padded sequences are those of each alone; the last state is that
+    after the padding. README: the state after k_i steps, one sequence at a time."""
+    layer, lengths = case.build(), [3, 10, 7]
+    u = signal(3, case.h, 10)
+    for u_i, k in zip(u, lengths):
+        u_i[:, k:] = 0
+    y, _ = layer(u)
+    states = []
+    for u_i, k in zip(u, lengths):
+        y_i, state = layer(u_i[None, :, :k], layer.initial_state(1))
+        states.append(state)
+        assert error(y[len(states) - 1:len(states), :, :k], y_i) <= 1e-5
+    if isinstance(state, tuple):                        # of Mamba
+        state = tuple(torch.cat(parts) for parts in zip(*states))
+    else:
+        state = torch.cat(states)
+    following = signal(3, case.h, 5, seed=9)
+    found, _ = layer(following, state)
+    for i, k in enumerate(lengths):
+        alone = torch.cat([u[i:i + 1, :, :k], following[i:i + 1]], -1)
+        assert error(found[i:i + 1], layer(alone)[0][..., k:]) <= 1e-5
+
+
+def test_last_state_by_fft_where_states_decay_fast():
+    layer = build("lru.LRU", 4, 8, r_max=0.1)
+    u, x = signal(2, 4, 1000), layer.initial_state(2)
+    _, expected = layer(u, x, method="step")
+    for method in ("scan", "conv"):
+        assert error(layer(u, x, method=method)[1], expected) <= 1e-6, method
+
+
+# ---- causality ----
+
+@each(STATEFUL)
+def test_a_huge_last_sample(case):
+    """By step and scan it changes nothing before it, and neither does a NaN. An FFT is
+    exact relative to the largest number of the sequence: 1e6 times 6e-8."""
+    layer, u = case.build(), signal(2, case.h, 64)
+    for method in case.methods:
+        y, _ = layer(u, method=method)
+        for value in (1e6, math.nan):
+            v = u.clone()
+            v[..., -1] = value
+            found, _ = layer(v, method=method)
+            if method in ("step", "scan"):
+                assert error(found[..., :-1], y[..., :-1]) <= 1e-6, method
+            elif value == 1e6:
+                assert error(found[..., :-1], y[..., :-1]) <= 2.0
+
+
+# ---- linear maps are called as layers ----
+
+class LowRank(nn.Module):
+    """A linear layer plus a trained matrix of rank 1, as in LoRA."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        generator = torch.Generator().manual_seed(base.in_features)
+        self.left = nn.Parameter(torch.randn(base.out_features, 1, generator=generator))
+        self.right = nn.Parameter(torch.randn(1, base.in_features, generator=generator))
+
+    def forward(self, u):
+        return self.base(u) + u @ self.right.mT @ self.left.mT
+
+
+WITH_MAPS = [case for case in CASES
+             if any(isinstance(module, nn.Linear) for module in case.build().modules())]
+
+
+def linear_layers(layer):
+    """(module that holds it, its name there, linear layer) of all linear layers."""
+    found = []
+    for parent in layer.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                found.append((parent, name, child))
+    return found
+
+
+def test_which_layers_have_linear_maps():
+    names = {case.name for case in WITH_MAPS}
+    assert names == {"gss", "gss-plain", "s4-gss", "s4-bottleneck", "selective", "mamba"}
+
+
+@each(WITH_MAPS)
+def test_low_rank_adapters(case):
+    """An adapter around every linear layer gives what the sum of both matrices gives."""
+    adapted, merged = case.build(), case.build()
+    for parent, name, linear in linear_layers(adapted):
+        setattr(parent, name, LowRank(linear))
+    wrappers = [m for m in adapted.modules() if isinstance(m, LowRank)]
+    with torch.no_grad():
+        for wrapper, (_, _, linear) in zip(wrappers, linear_layers(merged), strict=True):
+            linear.weight += wrapper.left @ wrapper.right
+    u = signal(2, case.h, 20)
+    y, _ = merged(u)
+    for method in case.methods:
+        assert error(adapted(u, method=method)[0], y) <= 1e-5
+    assert error(in_steps(adapted, u, adapted.initial_state(2))[0], y) <= 1e-5
+    adapted(u)[0].sum().backward()
+    assert all(wrapper.left.grad is not None for wrapper in wrappers)
+
+
+@each(WITH_MAPS)
+def test_hooks_of_linear_maps(case):
+    """A hook sees every call, and what it returns is used."""
+    layer, u = case.build(), signal(2, case.h, 3)
+    expected, _ = layer(u)
+    for _, name, linear in linear_layers(layer):
+        calls = []
+
+        def hook(module, inputs, output):
+            calls.append(output)
+            return output + 1
+        handle = linear.register_forward_hook(hook)
+        for method in case.methods:
+            y, _ = layer(u, method=method)
+            assert calls and error(y, expected) > 1e-6, (name, method)
+            calls.clear()
+        layer.step(u[..., 0], layer.initial_state(2))
+        assert calls, name
+        handle.remove()
+
+
+# ---- torch.export ----
+
+@each(SMALL)
+def test_export_with_any_batch(case):
+    layer, u = case.build(), signal(3, case.h, 3)
+    shapes = ({0: torch.export.Dim("batch", min=2, max=100)},)
+    program = torch.export.export(layer, (u,), dynamic_shapes=shapes)
+    for b in (2, 7):
+        v = signal(b, case.h, 3, seed=b)
+        assert error(program.module()(v)[0], layer(v)[0]) <= 1e-5
