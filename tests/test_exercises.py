@@ -1,0 +1,492 @@
+"""The exercises of README.md, done: one function each, in the order of the course.
+
+    python tests/test_exercises.py s4d_3        # the numbers, from longer training, 3 seeds
+
+A test asserts what README says one should see. A function or a class that stands inside
+one is what a student writes, or edits in the file of the layer.
+"""
+
+import inspect
+import math
+import sys
+import time
+
+import pytest
+import torch
+from layers import ROOT
+from torch import nn
+from torch.nn import functional as F
+
+import dss
+import example
+import lssl
+import s4
+import s5
+import selective_scan
+from dss import DSS
+from gss import GSS
+from lru import LRU
+from lssl import LSSL
+from s4 import S4
+from s4d import S4D
+from s5 import S5
+from selective_scan import SelectiveSSM
+
+LONGER = 1                              # by hand, training is twice as long
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# ---- the two tasks, as in README.md ----
+
+def delay(layer, steps=150, lag=10, h=4):
+    """Train layer, of h features, to delay noise by lag steps -> loss, at first about 1."""
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    losses = []
+    for _ in range(steps):
+        u = torch.randn(4, h, 64)                               # new signals at each step
+        y, _ = layer(u)
+        loss = (y[..., lag:] - u[..., :-lag]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses[-10:]) / 10
+
+
+def copying(layer, steps=150):
+    """Train layer, of 8 features, to keep the last flagged value -> loss, network."""
+    net = nn.Sequential(nn.Conv1d(2, 8, 1), layer, nn.Conv1d(8, 1, 1))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.03)
+    losses = []
+    for _ in range(steps):
+        value = torch.randn(16, 64)
+        flag = torch.rand(16, 64) < 0.1
+        flag[:, 0] = True
+        last = torch.where(flag, torch.arange(64), 0).cummax(1).values  # its position
+        y, _ = layer(net[0](torch.stack([value, flag.float()], 1)))
+        loss = (net[2](y)[:, 0] - value.gather(1, last)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses[-10:]) / 10, net
+
+
+def show(**numbers):
+    """Print what was found, for pytest -s and for main()."""
+    for name, number in numbers.items():
+        values = number if isinstance(number, (list, tuple)) else [number]
+        print(f"    {name:<22}", *[f"{torch.as_tensor(value).item():.3g}" for value in values])
+
+
+def test_README_has_the_two_tasks():
+    for task in (delay, copying):
+        assert inspect.getsource(task) in (ROOT / "README.md").read_text()
+
+
+# ---- s4d.py ----
+
+def test_s4d_1_kernel_by_the_direct_formula():
+    layer = S4D(8)
+
+    def kernel(l):
+        A_bar, B_bar, C = layer.discretize()
+        k = torch.arange(l)
+        A_k = A_bar[..., None] ** k                             # (h, n/2, l)
+        return 2 * ((C * B_bar)[..., None] * A_k).sum(1).real
+
+    difference = (kernel(1024) - layer.kernel(1024)).abs().max()
+    slow = seconds(kernel, 1024)
+    fast = seconds(layer.kernel, 1024)
+    show(difference=difference, ratio_of_times=slow / fast)
+    assert difference < 1e-5 * layer.kernel(1024).abs().max()
+    assert slow > 2 * fast
+
+
+def seconds(function, *arguments):
+    """Processor time of the fastest of three calls."""
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        function(*arguments)
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def test_s4d_2_lin_against_inv():
+    changes = []
+    highest = []
+    for measure in ("diag-lin", "diag-inv"):
+        layer = S4D(8, measure=measure, dt_min=0.01, dt_max=0.01)
+        K = layer.kernel(1024)
+        again = math.e * K[:, 200:400]                  # one period of 2 / dt later
+        changes.append((again - K[:, :200]).square().mean() / K[:, :200].square().mean())
+        highest.append(layer.A_imag.max())
+    show(change_lin_inv=changes, highest_lin_inv=highest)
+    assert changes[0] < 1e-6 and changes[1] > 0.1
+    assert highest[1] > 10 * highest[0]
+
+
+def test_s4d_3_freeze_A_and_dt():
+    free = S4D(4, dt_min=0.1)
+    frozen = S4D(4, dt_min=0.1)
+    for parameter in (frozen.log_dt, frozen.log_A_real, frozen.A_imag):
+        parameter.requires_grad_(False)
+    loss = delay(free, 150 * LONGER)
+    frozen_loss = delay(frozen, 150 * LONGER)
+    peaks = [layer.kernel(20).abs().mean(0)[10] for layer in (free, frozen)]
+    show(trained=loss, frozen=frozen_loss, K_at_10=peaks)
+    assert loss < 0.05 and frozen_loss > 3 * loss
+
+
+# ---- lssl.py ----
+
+def test_lssl_1_reconstruct_a_jump():
+    u = (torch.arange(1000) >= 600).double()[None, None]        # a jump 400 samples ago
+    s = torch.arange(1000) / 1000.0
+    overshoot = []
+    width = []
+    for n in (16, 32, 64):
+        layer = LSSL(1, n, measure="legt", dt_min=1e-3, dt_max=1e-3).double()
+        _, state = layer(u, layer.initial_state(1))
+        past = lssl.reconstruct("legt", state[0, 0], s.double())
+        middle = past[100:900]
+        overshoot.append(middle.max() - 1)
+        width.append(((middle > 0.1) & (middle < 0.9)).sum())
+    show(overshoot=overshoot, samples_of_the_edge=width)
+    assert 0.05 < min(overshoot) and max(overshoot) < 0.25
+    assert width[0] > 2 * width[2]
+
+
+def test_lssl_2_forward_euler():
+    largest = []
+    for dt in (0.002, 0.005, 0.02):                             # 2/64 is 0.031
+        layer = LSSL(4, alpha=0.0, dt_min=dt, dt_max=dt)
+        largest.append(layer.kernel(1024).abs().max())
+    bilinear = LSSL(4, dt_min=0.02, dt_max=0.02).kernel(1024).abs().max()
+    show(at_dt_2_5_20_e_3=largest, bilinear=bilinear)
+    assert largest[0] < 1 and 10 < largest[1] < 1e3 and largest[2] > 1e14
+    assert bilinear < 1
+
+
+def test_lssl_3_window_of_length_2():
+    def hippo_legendre(measure, n, original=lssl.hippo_legendre):
+        A, B = original(measure, n)
+        return A / 2, B / 2
+
+    ramps = []
+    with pytest.MonkeyPatch.context() as patch:
+        for length in (1, 2):
+            layer = LSSL(1, measure="legt", dt_min=1e-3, dt_max=1e-3)
+            ramps.append(first_state(layer, 3000))
+            patch.setattr(lssl, "hippo_legendre", hippo_legendre)
+    half = [(ramp > 0.5).nonzero().min() for ramp in ramps]
+    full = [(ramp > 0.99).nonzero().min() for ramp in ramps]
+    show(half_at=half, full_at=full)
+    assert abs(half[0] - 500) < 10 and abs(half[1] - 1000) < 20
+
+
+def first_state(layer, l):
+    """x_0 at each of l steps with u = 1."""
+    discrete = layer.discretize()
+    state = layer.initial_state(1)
+    found = []
+    for _ in range(l):
+        _, state = layer.step(torch.ones(1, 1), state, discrete=discrete)
+        found.append(state[0, 0, 0])
+    return torch.stack(found)
+
+
+# ---- s4.py ----
+
+def test_s4_1_error_against_q():
+    source = inspect.getsource(s4.cauchy_kernel)
+    layer = S4(8)
+    with torch.no_grad():
+        exact = s4.power_kernel(layer.discretize(), 1000, torch.float64)
+        errors = []
+        for q_l in ("1e-2", "1e-4", "1e-6", "1e-8", "1e-10", "1e-12", "1e-14"):
+            edited = vars(s4).copy()
+            exec(source.replace("1e-8)", q_l + ")"), edited)
+            K = edited["cauchy_kernel"](*layer.continuous(1.0), 1000)
+            errors.append((K - exact).abs().max() / exact.abs().max())
+    show(errors_2_to_14=errors)
+    assert errors[0] > 1e-6 and errors[-1] > 1e-4
+    assert max(errors[2:4]) < 1e-5
+
+
+def test_s4_2_random_Lambda():
+    losses = []
+    for random in (False, True):
+        layer = S4(4, dt_min=0.1)
+        if random:
+            layer.A_imag.data = 100 * torch.rand_like(layer.A_imag)
+        losses.append(delay(layer, 100 * LONGER))
+    show(hippo_random=losses)
+    assert losses[1] > 3 * losses[0]
+
+
+def test_s4_3_without_P():
+    layer = S4(4, dt_min=0.01, dt_max=0.01)
+    before = layer.kernel(1000)
+    layer.P.data.zero_()
+    after = layer.kernel(1000)
+    late = [K[:, 300:].square().sum() / K.square().sum() for K in (before, after)]
+    losses = []
+    for zero in (False, True):
+        layer = S4(4, dt_min=0.1)
+        if zero:
+            layer.P.data.zero_()
+        losses.append(delay(layer, 100 * LONGER))
+    show(change=(after - before).abs().max() / before.abs().max(), late=late,
+         delay_with_without=losses)
+    assert late[0] < 0.05 and late[1] > 0.2
+    assert layer.P.abs().max() == 0             # its gradient is 0 there: it stays
+    assert losses[0] < losses[1] / 1.5 and losses[1] < 0.2
+
+
+# ---- dss.py ----
+
+def test_dss_1_without_the_normalizer():
+    changes = []
+    for dt in (0.001, 0.01, 0.1):
+        for l_max in (256, 4096, 65536):
+            layer = DSS(4, l_max=l_max, dt_min=dt, dt_max=dt)
+            K = layer.kernel(256)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(dss, "softmax_weights", lambda W, *others: -W)
+                difference = layer.kernel(256) - K
+            changes.append(difference.abs().max() / K.abs().max())
+    show(dt_0_001=changes[:3], dt_0_01=changes[3:6], dt_0_1=changes[6:])
+    assert max(changes[2], changes[4], changes[5], *changes[6:]) < 1e-4
+    assert min(changes[:2]) > 0.03 and changes[3] > 0.1
+
+
+def test_dss_2_growing_kernels():
+    sizes = []
+    for real in (-0.5, 0.5):
+        layer = DSS(4, l_max=256, dt_min=0.1, dt_max=0.1)
+        layer.Lambda_re.data.fill_(real)
+        K = layer.kernel(256).abs()
+        sizes.append(K.max())
+        first = K[:, :64].square().sum() / K.square().sum()
+        show(**{f"energy_in_64_at_{real}": first})
+        assert first > 0.9 if real < 0 else first < 1e-4
+    show(largest=sizes)
+    assert max(sizes) < 30
+
+
+def test_dss_3_exp_is_S4D():
+    layer = DSS(4, 32, version="exp")
+    other = S4D(4, 64)
+    other.log_dt.data = layer.log_dt.data
+    other.log_A_real.data = layer.Lambda_re.data.repeat(4, 1)
+    other.A_imag.data = layer.Lambda_im.data.repeat(4, 1)
+    other.C.data = layer.W.data / 2
+    other.D.data = layer.D.data
+    u = torch.randn(2, 4, 300)
+    y, _ = layer(u)
+    difference = (other(u)[0] - y).abs().max() / y.abs().max()
+    show(difference=difference)
+    assert difference < 1e-5
+
+
+# ---- gss.py ----
+
+def test_gss_1_bottleneck():
+    losses = []
+    times = []
+    for bottleneck in (1, 2, 4):
+        losses.append(delay(GSS(4, bottleneck=bottleneck), 70 * LONGER))
+        wide = GSS(64, bottleneck=bottleneck)
+        times.append(1e3 * seconds(wide, torch.randn(1, 64, 1024)))
+    show(loss_1_2_4=losses, milliseconds_1_2_4=times)
+    assert losses[0] < 0.6 and losses[1] > 0.4 and losses[2] > 0.65
+
+
+def test_gss_2_without_the_gate():
+    gated = GSS(8)
+    plain = GSS(8, 32, gate=False, bottleneck=1)
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in (gated, plain)]
+    losses = [delay(layer, 100 * LONGER, h=8) for layer in (gated, plain)]
+    show(parameters=sizes, gated=losses[0], plain=losses[1])
+    assert abs(sizes[0] - sizes[1]) < 0.02 * sizes[0]
+    assert losses[0] > 0.7 and losses[1] < 0.6
+
+
+def test_gss_3_train_dt():
+    losses = []
+    for options in ({}, {"dt_min": 1e-3, "dt_max": 0.1, "train_dt": True}):
+        layer = GSS(4, bottleneck=1, gate=False, **options)
+        losses.append(delay(layer, 100 * LONGER))
+    show(dt_1=losses[0], dt_trained=losses[1])
+    assert losses[0] < 0.7 and losses[1] > 0.75
+
+
+# ---- s5.py ----
+
+def test_s5_1_block_length():
+    a = torch.rand(64, dtype=torch.complex128) / 2
+    v = torch.randn(1, 1024, 64, dtype=torch.complex64)
+    x = torch.zeros(1, 64, dtype=torch.complex128)
+    times = []
+    results = []
+    for T in (2, 4, 8, 32, 1024):
+        results.append(s5.linear_scan(a, v, x, T))
+        times.append(1e3 * seconds(s5.linear_scan, a, v, x, T))
+    show(ms_T_2_4_8_32_1024=times)
+    for other in results:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
+    assert times[-1] > 3 * times[2]
+
+
+def test_s5_2_blocks():
+    highest = []
+    for blocks in (1, 2, 4, 8):
+        highest.append(S5(4, blocks=blocks).Lambda_im.abs().max())
+    show(highest_1_2_4_8=highest)
+    for previous, following in zip(highest, highest[1:]):
+        assert 3.8 < previous / following < 4.3
+
+
+def test_s5_3_one_step_size():
+    spread = []
+    for shared in (False, True):
+        layer = S5(4)
+        if shared:
+            layer.log_step = nn.Parameter(layer.log_step.data.mean()[None])
+        A_bar, _, _ = layer.discretize()
+        steps = -1 / A_bar.abs().log()                          # until 1/e is left
+        spread.append(steps.max() / steps.min())
+    show(longest_over_shortest_memory=spread, memory_if_shared=steps[0])
+    assert spread[0] > 10 and spread[1] < 1.01
+    assert 70 < steps[0] < 600
+
+
+# ---- lru.py ----
+
+def test_lru_1_without_gamma():
+    sizes = []
+    for gamma in (True, False):
+        layer = LRU(4, r_min=0.9, r_max=0.999)
+        if not gamma:
+            layer.gamma_log.data.zero_()
+        _, x = layer(torch.randn(64, 4, 1000), layer.initial_state(64))
+        sizes.append(x.abs().square().mean())
+    show(with_without=sizes)
+    assert 0.6 < sizes[0] < 1.5 and sizes[1] > 8 * sizes[0]
+
+
+def test_lru_2_memory():
+    steps = []
+    for r_min in (0.0, 0.9):
+        layer = LRU(4, 256, r_min=r_min)
+        A_bar, _, _ = layer.discretize()
+        steps.append((-1 / A_bar.abs().log()).median())
+    show(disk_ring=steps)
+    assert 2 < steps[0] < 4 and 14 < steps[1] < 27
+
+
+def test_lru_3_disk_or_ring():
+    losses = []
+    for r_min in (0.0, 0.9):
+        losses.append(delay(LRU(1, r_min=r_min), 100 * LONGER, lag=30, h=1))
+    show(disk=losses[0], ring=losses[1])
+    assert losses[0] > 2 * losses[1]
+
+
+# ---- selective_scan.py ----
+
+def test_selective_scan_1_constant_B_or_dt():
+    class ConstantB(SelectiveSSM):
+        def select(self, u, rate):
+            dt, B, C = super().select(u, rate)
+            return dt, torch.ones_like(B), C
+
+    class ConstantDt(SelectiveSSM):
+        def select(self, u, rate):
+            dt, B, C = super().select(u, rate)
+            return rate * F.softplus(self.dt_proj.bias).expand_as(dt), B, C
+
+    constant_B, _ = copying(ConstantB(8, 2), 130 * LONGER)
+    constant_dt, _ = copying(ConstantDt(8, 2), 50 * LONGER)
+    s4d, _ = copying(S4D(8, 16), 50 * LONGER)
+    show(constant_B=constant_B, constant_dt=constant_dt, s4d=s4d)
+    assert constant_dt > 3 * constant_B and s4d > 0.7
+
+
+def test_selective_scan_2_zero_order_hold():
+    class Hold(SelectiveSSM):
+        def select(self, u, rate):
+            dt, B, C = super().select(u, rate)
+            dtA = -dt * self.A_log.exp()                # (.., n), with one feature
+            return dt, B * torch.expm1(dtA) / dtA, C
+
+    smooth = torch.linspace(0, 6, 1000).sin().expand(1, 1, 1000)
+    errors = []
+    for cls in (SelectiveSSM, Hold):
+        worst = []
+        for _ in range(10):
+            layer = cls(1, dt_min=0.05, dt_max=0.1)
+            full, _ = layer(smooth)
+            half, _ = layer(smooth[..., 1::2], rate=2.0)
+            worst.append((half - full[..., 1::2]).abs().max() / half.abs().max())
+        errors.append(sum(worst) / 10)
+    show(dt_B=errors[0], hold=errors[1])
+    assert errors[1] < errors[0] / 5
+
+
+def test_selective_scan_3_dt_after_training():
+    loss, net = copying(SelectiveSSM(8, 2), 130 * LONGER)
+    value = torch.randn(16, 64)
+    flag = torch.rand(16, 64) < 0.1
+    u = net[0](torch.stack([value, flag.float()], 1))
+    dt, _, _ = net[1].select(u.mT, 1.0)
+    at_flags = dt[flag].median(0).values                        # of each feature
+    elsewhere = dt[~flag].median(0).values
+    i = (at_flags / elsewhere).argmax()
+    show(loss=loss, dt_at_flags=at_flags[i], dt_elsewhere=elsewhere[i])
+    assert at_flags[i] > 30 * elsewhere[i]
+
+
+# ---- example.py ----
+
+def test_example_1_without_the_rates_of_ssm_lr():
+    losses = []
+    for lr, rates in ((0.02, True), (0.02, False), (0.2, True), (0.2, False)):
+        layer = S4D(4, dt_min=0.1)
+        if not rates:
+            layer.ssm_lr = {}
+        groups = example.param_groups(layer, lr, weight_decay=0.05)
+        optimizer = torch.optim.AdamW(groups)
+        with pytest.MonkeyPatch.context() as patch:             # delay() calls Adam
+            patch.setattr(torch.optim, "Adam", lambda parameters, lr: optimizer)
+            losses.append(delay(layer, 80 * LONGER))
+    show(lr_0_02_with_without=losses[:2], lr_0_2_with_without=losses[2:])
+    assert losses[0] > 2 * losses[1]
+    assert losses[2] < losses[3] / 5
+
+
+def main(names):
+    """Print the numbers of the exercises that are named, for three seeds."""
+    global LONGER
+    LONGER = 2
+    for name, function in list(globals().items()):
+        if name.startswith("test_") and any(part in name for part in names):
+            print(name)
+            for number in range(3):
+                torch.manual_seed(number)
+                start = time.process_time()
+                try:
+                    function()
+                except AssertionError:
+                    print("    not as README.md says")
+                print(f"    {time.process_time() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
