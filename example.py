@@ -308,18 +308,17 @@ def train_epoch(args, epoch, model, optimizer, images, labels, indices, n_test):
 
 def cost(args, seconds, steps, rest):
     """What the run takes, at so many seconds for each of the steps of an epoch."""
-    minutes = seconds / 60
-    whole = minutes * (steps + rest)
-    line = (f"{args.data} on {args.device}: about {minutes * steps:.1f} min an epoch, "
-            f"{whole / 60:.1f} h for {args.epochs} epochs")
+    hours = seconds / 3600
+    whole = hours * (steps + rest)
+    line = (f"{args.data} on {args.device}: about {60 * hours * steps:.1f} min an epoch, "
+            f"{whole:.1f} h for {args.epochs} epochs")
     if args.every_model:
         costs = sum(model["cost"] for model in MODELS.values())
-        whole = whole * costs / MODELS[args.model]["cost"]
-        line += f", {whole / 60:.1f} h for all models"
+        line += f", {whole * costs / MODELS[args.model]['cost']:.1f} h for all models"
     if args.data == "cifar10":
-        builtin = minutes * (4 * 1800 + 1256) / args.batch_size
-        line += (f"; --epochs 10 takes {minutes * (10 * steps) / 60:.1f} h, "
-                 f"--data builtin {builtin:.0f} min")
+        builtin = (4 * 1800 + 1256) / args.batch_size       # steps
+        line += (f"; --epochs 10 takes {10 * hours * steps:.1f} h, "
+                 f"--data builtin {60 * hours * builtin:.0f} min")
     return line
 
 
