@@ -52,8 +52,8 @@ class SelectiveSSM(nn.Module):
     dt_min, dt_max: step sizes start log-uniform in between, for u = 0
     lr: learning rate of dt_proj, A and x_proj, stored in ssm_lr for the optimizer, or None
 
-    As in the official code, A_log and D have the attribute _no_weight_decay (example.py
-    does not decay them), and dt_proj.bias has _no_reinit: do not initialize it again.
+    As in the official code, A_log and D have the attribute _no_weight_decay, by which
+    example.py spares them, and dt_proj.bias has _no_reinit: do not initialize it again.
     """
 
     def __init__(self, d_model, d_state=16, *, dt_rank="auto", dt_min=1e-3, dt_max=1e-1,
@@ -116,8 +116,9 @@ class SelectiveSSM(nn.Module):
         A, rate = discrete or self.discretize(rate)
         v = u.to(self.D.dtype)
         dt, B, C = self.select(v, rate)
-        y, x = one_step(v, dt, B, C, A, state)
-        return (y + self.D * v).to(u.dtype), x
+        x = decay(dt, A) * state + drive(dt, B, v)              # (b, d, n)
+        y = (C[:, None] * x).sum(-1) + self.D * v               # (b, d)
+        return y.to(u.dtype), x
 
     def forward(self, u, state=None, *, rate=1.0, method="scan"):
         """u (b, d, l), state (b, d, n) or None -> y (b, d, l), last state or None.
@@ -207,87 +208,91 @@ class Mamba(SelectiveSSM):
         return o.mT.to(u.dtype), None if state is None else (inputs, x)
 
 
-# ---- (1) once, step by step, in blocks, and in groups of blocks ----
+# ---- the two parts of (1), exp(dt A) and dt B u, of one step or of many ----
+
+def decay(dt, A):
+    """dt (.., d), A (d, n) -> (.., d, n)."""
+    return torch.exp(dt[..., None] * A)
+
+
+def drive(dt, B, u):
+    """dt (.., d), B (.., n), u (.., d) -> (.., d, n)."""
+    return (dt * u)[..., None] * B[..., None, :]
+
+
+# ---- (1) step by step, in blocks, and in groups of blocks, without D ----
 # u, dt (.., l, d), B, C (.., l, n), A (.., d, n), x (.., d, n) -> y (.., l, d), last x
-
-def one_step(u, dt, B, C, A, x):
-    """(1) without D. Shapes as above, without l."""
-    x = torch.exp(dt[..., None] * A) * x + (dt * u)[..., None] * B[..., None, :]
-    y = (C[..., None, :] * x).sum(-1)
-    return y, x
-
 
 def step_by_step(u, dt, B, C, A, x):
     """The definition."""
     outputs = []
-    for part in zip(*(t.unbind(-2) for t in (u, dt, B, C))):
-        y_k, x = one_step(*part, A, x)
-        outputs.append(y_k)
+    for u_k, dt_k, B_k, C_k in zip(*(t.unbind(-2) for t in (u, dt, B, C))):
+        x = decay(dt_k, A) * x + drive(dt_k, B_k, u_k)
+        outputs.append((C_k[..., None, :] * x).sum(-1))
     return torch.stack(outputs, -2), x
 
 
 def scan_blocks(u, dt, B, C, A, x):
-    """The same by linear_scan, with features last, which is faster: A, x (.., n, d)."""
-    dtu, dt_, B, C = (in_slices(t, -2) for t in (dt * u, dt, B, C))
-    v = [B_i[..., None] * w[..., None, :] for w, B_i in zip(dtu, B)]    # (.., J, n, d) each
-    y = []
-    for C_i, x_i in zip(C, linear_scan(dt_, v, A[..., None, :, :], x)):
+    """The same by linear_scan."""
+    u_i, dt_i, B_i, C_i = (in_slices(t, -2) for t in (u, dt, B, C))
+    v_i = [drive(*part) for part in zip(dt_i, B_i, u_i)]                # (.., J, d, n) each
+    outputs = []
+    for x, C_k in zip(linear_scan(dt_i, v_i, A[..., None, :, :], x), C_i):
         with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):
-            y.append((C_i[..., None, :] @ x_i)[..., 0, :])              # (.., J, d)
-    y = torch.stack(y, -2).flatten(-3, -2)[..., :u.shape[-2], :]
-    return y, x_i[..., -1, :, :]
+            outputs.append((x @ C_k[..., None])[..., 0])                # (.., J, d)
+    y = torch.stack(outputs, -2).flatten(-3, -2)
+    return y[..., :u.shape[-2], :], x[..., -1, :, :]
 
 
 def in_slices(t, dim, T=16):
-    """Time, which is dimension dim of t, is k = jT + i, in J blocks of T steps, the last
-    one filled with zeros (dt = 0 keeps x): the T slices of all k with one i."""
+    """Time, which is dimension dim of t, is k = jT + i: J blocks of T steps, the last one
+    filled up with zeros (dt = 0 keeps x). For each i, a slice with the J times jT + i."""
     padding = [0, 0] * (-1 - dim) + [0, -t.shape[dim] % T]
     return F.pad(t, padding).unflatten(dim, (-1, T)).unbind(dim)
 
 
 def linear_scan(dt, v, A, x):
-    """All x_k = exp(dt_k A) x_{k-1} + v_k from x_{-1} = x: dt (.., J, d) and v
-    (.., J, d, n) in T slices, as is the result. Slices are faster than one large tensor.
+    """All x_k = exp(dt_k A) x_{k-1} + v_k from x_{-1} = x: dt (.., J, d), v (.., J, d, n)
+    and the x_k are T slices each, which is faster than one large tensor.
 
     All J blocks at once, each from 0, for their ends; by these, in the same way, where each
     block really starts; then all at once again, from there. Why not cumsum(v / P) P, with P
     the cumulative product of decays? P underflows.
     """
-    decays = [torch.exp(dt_i[..., None, :] * A) for dt_i in dt]
+    decays = [decay(dt_i, A) for dt_i in dt]
     J = dt[0].shape[-2]
     state = x[..., None, :, :]
     if J > 1:
         end = v[0]
-        for decay, v_i in zip(decays[1:], v[1:]):
-            end = torch.addcmul(v_i, decay, end)                    # (.., J, d, n)
-        dt_j = torch.stack(dt).sum(0)                               # (.., J, d)
+        for a_i, v_i in zip(decays[1:], v[1:]):
+            end = torch.addcmul(v_i, a_i, end)                          # (.., J, d, n)
+        dt_j = torch.stack(dt).sum(0)                                   # (.., J, d)
         ends = linear_scan(in_slices(dt_j, -2), in_slices(end, -3), A, x)
-        ends = torch.stack(list(ends), -3).flatten(-4, -3)[..., :J - 1, :, :]
-        state = torch.cat([state, ends], -3)                        # (.., J, d, n)
-    for decay, v_i in zip(decays, v):
-        state = torch.addcmul(v_i, decay, state)
+        ends = torch.stack(list(ends), -3).flatten(-4, -3)
+        state = torch.cat([state, ends[..., :J - 1, :, :]], -3)         # (.., J, d, n)
+    for a_i, v_i in zip(decays, v):
+        state = torch.addcmul(v_i, a_i, state)
         yield state
 
 
-def selective_scan(u, dt, B, C, A, x, largest=2 ** 22):
-    """The same in groups of steps with about `largest` states. The last two or so are kept
-    for the backward pass, which begins there, and those before are computed once more. Each
+def selective_scan(u, dt, B, C, A, x, largest=2 ** 21):
+    """The same in groups of steps with about `largest` states. The last four or so are kept
+    for the backward pass, which begins there; those before are computed once more. Each
     group is a block shorter than the one before, so that its tensors fit into what that one
     has freed: the malloc of glibc looks for a few bytes more than a tensor has.
     """
-    J = max(1, largest // x.numel() // 16)                          # blocks, on average
-    A, x = A.mT.contiguous(), x.mT
+    J = max(1, largest // x.numel() // 16)                              # blocks, on average
     outputs, start, l = [], 0, u.shape[-2]
     while start < l:
         stop = start + 16 * (J + J // 2 - len(outputs) % J)
         part = [t[..., start:stop, :] for t in (u, dt, B, C)]
-        if l - stop > 32 * J and torch.is_grad_enabled():
+        if l - stop > 4 * 16 * J and torch.is_grad_enabled():
             y, x = checkpoint(scan_blocks, *part, A, x, use_reentrant=False)
         else:
             y, x = scan_blocks(*part, A, x)
         outputs.append(y)
         start = stop
-    return torch.cat(outputs, -2), x.mT
+    return torch.cat(outputs, -2), x
 
 
 def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None,
@@ -316,7 +321,8 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None,
                   f"{name} is {t.dtype} {tuple(t.shape)}: pass floats, one of {shapes}")
     check(d % g == 0, f"B, C have {g} groups: pass a divisor of {d=}")
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
-    v, dt = u.to(dtype), delta.to(dtype)
+    v = u.to(dtype)
+    dt = delta.to(dtype)
     if delta_bias is not None:
         dt = dt + delta_bias[:, None]
     if delta_softplus:
@@ -337,7 +343,7 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None,
     return (y, x.flatten(1, 2)) if return_last_state else y
 
 
-selective_scan_seq = partial(selective_scan_fn, scan=step_by_step)      # the slow twin
+selective_scan_seq = partial(selective_scan_fn, scan=step_by_step)      # slow, the same
 
 
 def check_input(u, dims, features, state, shape):

@@ -84,7 +84,7 @@ MUTATIONS = [
      "tests/test_modes.py -k selective"),
     ("selective_scan", "state between the groups", "y, x = scan_blocks(*part, A, x)", "y, _ = scan_blocks(*part, A, x)",
      "tests/test_selective_scan.py -k groups"),
-    ("selective_scan", "input without dt", "+ (dt * u)[..., None] * B", "+ u[..., None] * B",
+    ("selective_scan", "input without dt", "(dt * u)[..., None] * B", "u[..., None] * B",
      "tests/test_golden.py -k selective"),
     ("selective_scan", "inputs of the convolution", "v[..., u.shape[-1]:]", "v[..., u.shape[-1] - 1:-1]",
      "tests/test_modes.py -k mamba"),

@@ -429,7 +429,7 @@ def mamba(p, x, state=None, rate=1.0):
     u, z = projected[:, :d], projected[:, d:]
     before, ssm = (np.zeros((len(x), d, k - 1)), None) if state is None else state
     u = np.concatenate([before, u], axis=2)
-    v = np.zeros_like(z) + p["conv1d.bias"][:, None]
+    v = np.zeros_like(z) + p.get("conv1d.bias", np.zeros(d))[:, None]
     for t in range(x.shape[2]):
         for j in range(k):
             v[:, :, t] += p["conv1d.weight"][:, 0, j] * u[:, :, t + j]

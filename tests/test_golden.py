@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 import selective_scan
 from dss import powers, softmax_weights, vandermonde
-from layers import (CASES, dss_case, error, golden, lru_case, lssl_case, pair, s4_case,
-                    s4d_case, s5_case, selective_case)
-from oracle import conjugate_pairs
+from layers import (dss_case, error, golden, lru_case, lssl_case, pair, s4_case, s4d_case,
+                    s5_case, selective_case)
+from oracle import conjugate_pairs, mamba
 from s4 import cauchy_kernel
 
 
@@ -259,9 +259,11 @@ def mamba_parameters(g):
 def test_selective_ssm_and_mamba():
     g = golden("selective_scan")
     block, ssm = mamba_parameters(g)
-    case, layer = load(selective_case("selective", dt_rank=2), 8, 8, **ssm)
+    d, n = ssm["A_log"].shape
+    dt_rank = ssm["dt_proj.weight"].shape[1]
+    case, layer = load(selective_case("selective", dt_rank=dt_rank), d, n, **ssm)
     check(case, layer, {"u": g["mm_x"], "y": g["mm_y"]}, 1e-12)
-    mamba = next(case for case in CASES if case.name == "mamba")
-    case, layer = load(mamba, 4, 8, **block)
+    case = selective_case("mamba", "Mamba", mamba, dt_rank=dt_rank)
+    case, layer = load(case, len(block["out_proj.weight"]), n, **block)
     assert set(block) == set(layer.state_dict())
     check(case, layer, {"u": g["mm_block_in"], "y": g["mm_block_out"]}, 1e-12)

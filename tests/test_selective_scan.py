@@ -1,12 +1,20 @@
 """What is particular to selective_scan.py: the scan and its gradient, the Mamba block."""
 
+import copy
+import pickle
+import subprocess
+import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layers import DOUBLE, error, in_pieces, in_steps, random_state, signal
+import oracle
+from layers import (DOUBLE, ROOT, error, in_pieces, in_steps, random_state, selective_case,
+                    signal, to_numpy)
 from selective_scan import (Mamba, SelectiveSSM, selective_scan, selective_scan_fn,
                             selective_scan_seq)
 
@@ -97,6 +105,51 @@ def test_groups_of_blocks(l, largest):
     check_gradients(found, gradients(selective_scan_seq, given), 1e-11)
 
 
+def by_definition(u, delta, A, B, C):
+    """(1) in float64 numpy for B, C (b, d, n, l), one for each feature and time."""
+    x, outputs = np.zeros((*u.shape[:2], A.shape[1])), []
+    for k in range(u.shape[-1]):
+        dt = delta[..., k, None]
+        x = np.exp(dt * A) * x + dt * B[..., k] * u[..., k, None]
+        outputs.append((C[..., k] * x).sum(-1))
+    return np.stack(outputs, -1), x
+
+
+def for_each_feature(t, b, d, l):
+    """B or C of any form as (b, d, n, l)."""
+    if t.ndim == 2:
+        return np.broadcast_to(t[..., None], (b, *t.shape, l))
+    t = t.reshape(b, -1, *t.shape[-2:])
+    return t.repeat(d // t.shape[1], axis=1)
+
+
+@pytest.mark.parametrize("scan", [selective_scan_fn, selective_scan_seq, grouped(200)])
+@pytest.mark.parametrize("B_size", ["bnl", "bgnl", "dn"])
+@pytest.mark.parametrize("C_size", ["bnl", "bgnl", "dn"])
+def test_groups_of_features_and_constants(scan, B_size, C_size):
+    sizes = {"b": 2, "g": 3, "d": 6, "n": 4, "l": 33}
+    b, d, l = sizes["b"], sizes["d"], sizes["l"]
+    given = {name: x.detach() for name, x in arguments(b, d, sizes["n"], l).items()
+             if name in ("u", "delta", "A")}
+    given["delta"] = given["delta"].abs()
+    for seed, (name, size) in enumerate({"B": B_size, "C": C_size}.items()):
+        generator = torch.Generator().manual_seed(seed)
+        given[name] = torch.randn([sizes[i] for i in size], generator=generator, **DOUBLE)
+    y, last = scan(**given, return_last_state=True)
+    arrays = {name: to_numpy(x) for name, x in given.items()}
+    for name in "BC":
+        arrays[name] = for_each_feature(arrays[name], b, d, l)
+    assert error((y, last), by_definition(**arrays)) <= 1e-12
+
+
+def test_groups_that_do_not_divide_the_features():
+    given = {name: x.detach() for name, x in arguments(2, 3, 4, 20).items()}
+    for name, wrong in (("B", given["B"][:, None].expand(-1, 2, -1, -1)),
+                        ("B", given["B"].mT), ("C", given["A"].mT)):
+        with pytest.raises(ValueError, match="^(B|C).*: pass "):
+            selective_scan_fn(**(given | {name: wrong}))
+
+
 @pytest.mark.parametrize("scan", [selective_scan_fn, selective_scan_seq])
 def test_bad_arguments_of_the_function(scan):
     given = {name: x.detach() for name, x in arguments().items()}
@@ -170,3 +223,117 @@ def test_no_tensor_holds_the_states_of_all_steps():
     with Largest() as scan:
         gradients(selective_scan_fn, given)
     assert scan.size <= b * d * l < b * d * n * l
+
+
+MEMORY = """
+import resource, torch
+from selective_scan import selective_scan_fn
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
+
+torch.set_num_threads(1)
+b, d, n, l = 1, 256, 16, 2 ** 13
+sizes = (b, d, l), (b, d, l), (d, n), (b, n, l), (b, n, l)
+u, delta, A, B, C = (torch.randn(size).requires_grad_() for size in sizes)
+for l in (256, l):                  # what is loaded only once is loaded now
+    before = peak()
+    y = selective_scan_fn(u[..., :l], delta[..., :l].abs() / 9, -A.abs(), B[..., :l],
+                          C[..., :l])
+    torch.autograd.grad(y.sum(), (u, delta, A, B, C))
+print((peak() - before) / (b * d * n * l * 4 / 2 ** 20))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is counted otherwise")
+def test_freed_memory_is_used_again():
+    """In multiples of the memory of all states: 2.6, and 6.4 with groups of equal size."""
+    run = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True,
+                         text=True, check=True)
+    assert float(run.stdout) <= 4
+
+
+class Count(TorchDispatchMode):
+    """Counts operations."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_operations_do_not_grow_with_the_length():
+    layer, counts = SelectiveSSM(2, 2), []
+    for l in (256, 4096, 65536):
+        with Count() as counter, torch.no_grad():
+            layer(signal(1, 2, l))
+        counts.append(counter.count)
+    assert counts[2] - counts[1] <= 1.1 * (counts[1] - counts[0])     # as log l does
+
+
+class Adapter(nn.Module):
+    """A linear layer and a product of low rank, as LoRA has it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+        self.down = nn.Parameter(torch.randn(2, base.in_features, **DOUBLE))
+        self.up = nn.Parameter(torch.randn(base.out_features, 2, **DOUBLE) / 9)
+
+    def forward(self, u):
+        return self.base(u) + u @ self.down.mT @ self.up.mT
+
+
+MAPS = ("in_proj", "x_proj", "dt_proj", "out_proj")
+
+
+def test_adapters_and_hooks():
+    layer, u = Mamba(4, 4).double(), signal(2, 4, 40, **DOUBLE)
+    before, _ = layer(u)
+    called = []
+    for name in MAPS:
+        setattr(layer, name, Adapter(getattr(layer, name)))
+        getattr(layer, name).register_forward_hook(
+            lambda module, given, result, name=name: called.append(name))
+    state = random_state(layer, 2)
+    whole = layer(u, state)
+    assert sorted(called) == sorted(MAPS) and error(layer(u)[0], before) > 0.01
+    assert error(in_pieces(layer, u, state, [1, 20, 19]), whole) <= 1e-12
+    assert error(in_steps(layer, u, state), whole) <= 1e-12
+    assert error(layer(u, state, method="step"), whole) <= 1e-12
+    whole[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in layer.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dynamic_quantization():
+    """By the scale of each call, so that step and forward do not agree to rounding."""
+    layer, u = Mamba(8, 4), signal(2, 8, 40)
+    small = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8)
+    small = copy.deepcopy(small)
+    assert not any(isinstance(module, nn.Linear) for module in small.modules())
+    for method in ("scan", "step"):
+        assert error(small(u, method=method)[0], layer(u)[0]) <= 0.1
+
+
+def test_marks_of_parameters_survive_copies():
+    for layer in (SelectiveSSM(4, 4), Mamba(4, 4)):
+        for twin in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)),
+                     copy.deepcopy(nn.Sequential(layer))[0].double()):
+            marks = {name: list(vars(p)) for name, p in twin.named_parameters() if vars(p)}
+            assert marks == {"A_log": ["_no_weight_decay"], "D": ["_no_weight_decay"],
+                             "dt_proj.bias": ["_no_reinit"]}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("conv_bias", [False, True])
+def test_biases_of_mamba(bias, conv_bias):
+    case = selective_case("mamba", "Mamba", oracle.mamba, bias=bias, conv_bias=conv_bias)
+    layer, u = case.build().double(), signal(2, case.h, 20, **DOUBLE)
+    names = set(layer.state_dict())
+    assert ({"in_proj.bias", "out_proj.bias"} <= names) == bias
+    assert ("conv1d.bias" in names) == conv_bias
+    state = random_state(layer, 2)
+    for method in case.methods:
+        y = layer(u, state, method=method, rate=1.7)
+        assert error(y, case.oracle(layer, u, state, 1.7)) <= 1e-12
