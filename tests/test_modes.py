@@ -272,7 +272,9 @@ def test_no_tensor_is_created_on_the_wrong_device(case):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @each(CASES)
-def test_cuda_agrees_with_cpu(case):
+def test_cuda_agrees_with_cpu(case, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     layer = case.build()
     u, x = signal(2, case.h, 257), random_state(layer, 2) if case.has_state else None
     expected, _ = layer(u, x)
