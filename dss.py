@@ -22,7 +22,8 @@ softmax over time (paper, Proposition 1):
     K_k = Re sum_n W_n / Lambda_n e^{k z_n} / sum_{r < l_max} e^{r z_n}.           (4)
 
 The geometric sum is (e^{l_max z} - 1) / (e^z - 1). So (4) is (3) with
-C = W / (e^{l_max z} - 1), which has poles where e^{l_max z} = 1: see softmax_weights.
+C = W / (e^{l_max z} - 1), about -W where e^{l_max z} has died out; for its poles, where
+e^{l_max z} = 1, see softmax_weights.
 Version exp has no normalizer: C = W, and Re Lambda = -exp(.) < 0. S4D continues from there.
 
 Differs from the paper: there the sum has the length of each sequence, here l_max. So C is
