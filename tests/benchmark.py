@@ -4,6 +4,7 @@
     python tests/benchmark.py s4d s5 --quick                 these, with fewer repetitions
     python tests/benchmark.py --markdown                     writes figures/benchmark.md
     python tests/benchmark.py --plot figures/benchmark.png   time against length, too
+    python tests/benchmark.py --operators                    only the launches on a GPU
 
 Why ratios? Times differ between machines, and on a busy machine from minute to minute. So
 each row calls two things in turn, ours, reference, ours, reference, ..., and compares the
@@ -38,7 +39,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.profiler import profile
 
+from fake_gpu import count_operators
+
 ROOT = Path(__file__).resolve().parent.parent
+MARKDOWN = ROOT / "figures" / "benchmark.md"
 H, N, L, BATCH = 128, 64, 1024, 16
 
 
@@ -417,6 +421,7 @@ def bench_selective_scan(table, module):
 
 
 def bench_example(table, module):
+    module.keep_freed_memory()                               # as example.py does; the other rows come before
     b, h, n_layers = 64, 128, 4
     net = module.StackedSSM(importlib.import_module("s4d").S4D, 3, 10)
     net.mean.fill_(127.5)               # without them gates saturate, gradients are subnormal
@@ -435,7 +440,7 @@ def bench_example(table, module):
     block = both_ways(lambda: fft_conv(u, K), [u, K]), both_ways(lambda: g @ mix, [g, mix])
     floor = [both_ways(lambda: pixels @ encoder, [encoder]), *n_layers * block,
              both_ways(lambda: pooled @ head, [pooled, head])]
-    table.time("example: training step, against its FFTs and products", train_step,
+    table.time("example: training step, against its FFTs and products (keep_freed_memory)", train_step,
                lambda: [part() for part in floor], at_most=1.5, same=False)
 
 
@@ -444,6 +449,30 @@ BENCHMARKS = {
     "s5": lambda table, module: bench_shared(table, "s5", module.S5(H, 2 * H)),
     "lru": lambda table, module: bench_shared(table, "lru", module.LRU(H, H)),
     "selective_scan": bench_selective_scan, "example": bench_example}
+
+
+# ---- launches on a GPU ----
+
+OPERATORS = {"lssl": "LSSL", "s4": "S4", "dss": "DSS", "s4d": "S4D", "gss": "GSS", "s5": "S5", "lru": "LRU",
+             "selective_scan": "SelectiveSSM", "mamba": "Mamba"}
+
+
+def operators(batch=1):
+    """How many operators a forward pass and a training step launch, as lines of Markdown. Nothing is computed."""
+    lines = [f"## Operators in one pass through one layer, h = {H}, batch {batch}", "",
+             "On a GPU each is the launch of a kernel, about 5 microseconds, whatever its size. Forward is without",
+             "gradients; f+b is forward and backward.", "",
+             f"| layer | forward, l = {L} | l = {16 * L} | f+b, l = {L} | l = {16 * L} |",
+             "| --- | ---: | ---: | ---: | ---: |"]
+    for name, cls in OPERATORS.items():
+        counts = []
+        for l in (L, 16 * L):
+            module = importlib.import_module("selective_scan" if name == "mamba" else name)
+            options = {"l_max": l} if name == "dss" else {}
+            counts.append(count_operators(getattr(module, cls)(H, **options), H, l, batch))
+        (forward, both), (long_forward, long_both) = counts
+        lines.append(f"| {name} | {forward} | {long_forward} | {both} | {long_both} |")
+    return "\n".join(lines) + "\n"
 
 
 # ---- the figure ----
@@ -497,12 +526,15 @@ def main(argv=None):
     parser.add_argument("--plot", metavar="PATH", help="save a figure of the time against the length, too")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--markdown", action="store_true", help="write figures/benchmark.md")
+    parser.add_argument("--operators", action="store_true", help="print how many operators are launched, no more")
     args = parser.parse_args(argv)
     for name in set(args.names) - set(BENCHMARKS):
         parser.error(f"name {name}: choose from {', '.join(BENCHMARKS)}")
     os.environ["KINETO_LOG_LEVEL"] = "99"                    # the profiler would report its stages
     sys.path.insert(0, str(ROOT))
-    importlib.import_module("example").keep_freed_memory()
+    if args.operators:
+        print(operators())
+        return
     torch.manual_seed(0)
     print(machine())
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 1:
@@ -516,8 +548,8 @@ def main(argv=None):
     found = [row[-1] for row in table.rows]
     print(f"{found.count('ok')} requirements hold, {found.count('no')} do not; {time.time() - start:.0f} s")
     if args.markdown:
-        (ROOT / "figures" / "benchmark.md").write_text(table.markdown())
-        print("wrote figures/benchmark.md")
+        MARKDOWN.write_text(f"{table.markdown()}\n{operators()}")
+        print("wrote", MARKDOWN)
     if args.plot:
         plot(args.plot)
 
