@@ -116,7 +116,7 @@ class SelectiveSSM(nn.Module):
         A, rate = discrete or self.discretize(rate)
         v = u.to(self.D.dtype)
         dt, B, C = self.select(v, rate)
-        x = decay(dt, A) * state + inflow(dt, B, v)              # (b, d, n)
+        x = decay_over(dt, A) * state + inflow(dt, B, v)        # (b, d, n)
         y = (C[:, None] * x).sum(-1) + self.D * v               # (b, d)
         return y.to(u.dtype), x
 
@@ -210,7 +210,7 @@ class Mamba(SelectiveSSM):
 
 # ---- the two parts of (1), exp(dt A) and dt B u, of one step or of many ----
 
-def decay(dt, A):
+def decay_over(dt, A):
     """dt (.., d), A (d, n) -> (.., d, n)."""
     return torch.exp(dt[..., None] * A)
 
@@ -227,7 +227,7 @@ def step_by_step(u, dt, B, C, A, x):
     """The definition."""
     outputs = []
     for u_k, dt_k, B_k, C_k in zip(*(t.unbind(-2) for t in (u, dt, B, C))):
-        x = decay(dt_k, A) * x + inflow(dt_k, B_k, u_k)
+        x = decay_over(dt_k, A) * x + inflow(dt_k, B_k, u_k)
         outputs.append((C_k[..., None, :] * x).sum(-1))
     return torch.stack(outputs, -2), x
 
@@ -235,7 +235,7 @@ def step_by_step(u, dt, B, C, A, x):
 def scan_blocks(u, dt, B, C, A, x):
     """The same by linear_scan."""
     u_i, dt_i, B_i, C_i = (in_slices(t, -2) for t in (u, dt, B, C))
-    v_i = [inflow(*part) for part in zip(dt_i, B_i, u_i)]                # (.., J, d, n) each
+    v_i = [inflow(*part) for part in zip(dt_i, B_i, u_i)]               # (.., J, d, n) each
     outputs = []
     for x, C_k in zip(linear_scan(dt_i, v_i, A[..., None, :, :], x), C_i):
         with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):
@@ -259,7 +259,7 @@ def linear_scan(dt, v, A, x):
     block really starts; then all at once again, from there. Why not cumsum(v / P) P, with P
     the cumulative product of decays? P underflows.
     """
-    decays = [decay(dt_i, A) for dt_i in dt]
+    decays = [decay_over(dt_i, A) for dt_i in dt]
     J = dt[0].shape[-2]
     state = x[..., None, :, :]
     if J > 1:
