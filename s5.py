@@ -200,7 +200,7 @@ def read(C, x):
     """Re(C x_k) for all k: C (h, n), x (b, l, n) -> (b, h, l). One real product likewise,
     for Re(C x) is Re C Re x - Im C Im x."""
     x = torch.view_as_real(x).flatten(-2)                               # (b, l, 2n)
-    C = torch.view_as_real(C.conj_physical()).flatten(-2).to(x.dtype)   # (h, 2n)
+    C = torch.view_as_real(C.conj().resolve_conj()).flatten(-2).to(x.dtype)   # (h, 2n)
     with full_precision(x):
         return C @ x.mT
 

@@ -77,7 +77,7 @@ MUTATIONS = [
     ("lru", "ends of the blocks", "end[..., :-1, :], x, T)", "end[..., 1:, :], x, T)", "tests/test_modes.py -k lru"),
     ("lru", "rate in gamma", "torch.expm1(rate * log) / torch.expm1(log)", "1", "tests/test_lru.py"),
     ("lru", "direct path D", "read(C, x) + self.D[:, None] * w", "read(C, x)", "tests/test_modes.py -k lru"),
-    ("lru", "conjugate of C", "C.conj_physical()", "C", "tests/test_modes.py -k lru"),
+    ("lru", "conjugate of C", "C.conj().resolve_conj()", "C", "tests/test_modes.py -k lru"),
     ("lru", "order of the operator", "a_next * v + v_next", "a * v_next + v", "tests/test_lru.py -k order"),
     ("selective_scan", "rate", "dt = rate * F.softplus", "dt = F.softplus", "tests/test_modes.py -k selective"),
     ("selective_scan", "decay over a block", "torch.stack(dt).sum(0)", "torch.stack(dt[1:]).sum(0)",
