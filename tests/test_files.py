@@ -1,11 +1,14 @@
 """The files as files: a model file alone in an empty directory, silence, style."""
 
+import inspect
 import re
 import subprocess
 import sys
 
 import pytest
 
+import benchmark
+import test_options
 from layers import CASES, ROOT
 from mutations import MUTATIONS
 
@@ -61,3 +64,55 @@ def test_mutations_are_up_to_date():
     for file, what, text, broken, _ in MUTATIONS:
         count = (ROOT / f"{file}.py").read_text().count(text)
         assert count == 1 and broken != text, (file, what)
+
+
+# options that have no wrong value, for they are true or false, but for l_max of s4.py, which
+# is refused with disc dss alone (test_s4.py); and those that change only how the layer is
+# trained (test_options.py: test_what_is_trained_slowly)
+SWITCHES = {"l_max", "real_random", "imag_random", "bidirectional", "train_dt", "train_B", "gate",
+            "conj_sym", "clip_eigs", "bias", "conv_bias"}
+TRAINING = {"lr", "train_A", "train_dt"}
+
+
+@pytest.mark.parametrize("name", sorted(test_options.BAD))
+def test_every_option_is_explained_and_tested(name):
+    """An option of a constructor stands in the docstring of its class, and has a value that
+    changes the output and one that is refused (CHANGES and BAD in test_options.py)."""
+    cls = test_options.constructor(name)
+    options = set(inspect.signature(cls).parameters)
+    docs = inspect.getdoc(cls)
+    if cls.__base__.__module__ == cls.__module__:       # Mamba: the others as in the base
+        docs += inspect.getdoc(cls.__base__)
+    explained = set()
+    for names in re.findall(r"^ *((?:\w+, )*\w+): ", docs, re.M):
+        explained |= set(names.split(", "))
+    assert options <= explained, options - explained
+    changed = {"d_model", "d_state"} | TRAINING
+    for change in test_options.CHANGES[name]:
+        changed |= set(change)
+    tested = " ".join(str(case.options) for case in CASES if case.layer == name)
+    tested += (ROOT / "tests" / f"test_{name.split('.')[0]}.py").read_text()
+    missing = {option for option in options - changed if option not in tested}
+    assert not missing, f"changes nothing in CHANGES or any test: {missing}"
+    missing = options - SWITCHES - set(test_options.BAD[name])
+    assert not missing, f"no wrong value in BAD: {missing}"
+
+
+def test_draw(tmp_path):
+    """One picture, as a program of its own."""
+    command = [sys.executable, "figures/draw.py", "--only", "s4d", "--out", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "s4d.png").stat().st_size > 10_000
+
+
+def test_benchmark(tmp_path, monkeypatch, capsys):
+    """The rows of s4d.py and the table of operators, small, into a temporary file."""
+    small = {"H": 8, "N": 8, "L": 64, "BATCH": 2, "OPERATORS": {"s4d": "S4D"},
+             "MARKDOWN": tmp_path / "benchmark.md"}
+    for name, value in small.items():
+        monkeypatch.setattr(benchmark, name, value)
+    benchmark.main(["s4d", "--quick", "--markdown"])
+    text = small["MARKDOWN"].read_text()
+    assert "| s4d: kernel f+b" in text and "| s4d |" in text
+    assert "differ" not in capsys.readouterr().out      # both sides of a row: same numbers
