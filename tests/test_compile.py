@@ -8,7 +8,6 @@ met a complex number, so that every gradient is compared here.
 """
 
 import importlib
-import shutil
 import sys
 import time
 import warnings
@@ -67,40 +66,47 @@ def compare(case, method, with_state, l):
     return dict(sorted(differences.items(), key=lambda pair: -pair[1]))
 
 
-@pytest.mark.skipif(not shutil.which(config.cpp.cxx[1]),
-                    reason="inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name, method, with_state", FEW)
 @config.patch({"disable_cpp_codegen": True, "compile_threads": 1, "cpp.vec_isa_ok": False})
 def test_compiled_gradients(name, method, with_state, monkeypatch):
-    """All of inductor but for the fusion into C++ loops, which takes a second for each loop
-    to compile; `python tests/test_compile.py --all` has them. Strides, views and complex
-    numbers, where it went wrong, are the same. So few steps have two digits of time."""
+    """All of inductor but for C++ loops, each of which takes a compiler a second:
+    `python tests/test_compile.py --all` has them. Strides, views and complex numbers, where
+    it went wrong, are the same without. So few steps have two digits of time, or levels."""
     case = named(name)
-    module = importlib.import_module(case.layer.split(".")[0])
-    if name == "s5":                                    # blocks of 2 steps and two levels
-        monkeypatch.setattr(module.linear_scan, "__defaults__", (2,))
-    if "scan" in module.__name__:
-        monkeypatch.setattr(module.in_slices, "__defaults__", (2,))
+    set_block(monkeypatch, name, 2)
     l = 5 if name in ("s4d", "dss", "gss", "lru") else 3
     differences = compare(case, method, with_state, l)
     assert max(differences.values()) <= 1e-4, differences
 
 
-@pytest.mark.parametrize("name, lengths", [("s5", 34), ("lru", 34), ("selective", 18)])
-def test_lengths_share_a_graph(name, lengths):
-    """With dynamic=True a scan has one graph for all lengths of as many blocks, here the
-    same for 12 lengths; torch.compile gives up after eight graphs of a function."""
+def set_block(monkeypatch, name, T):
+    """Blocks of T steps in the scans, for smaller graphs."""
+    blocks = {"s5": "s5.linear_scan", "lru": "lru.linear_scan",
+              "selective": "selective_scan.in_slices", "mamba": "selective_scan.in_slices"}
+    if name in blocks:
+        module, function = blocks[name].split(".")
+        function = getattr(importlib.import_module(module), function)
+        assert function.__defaults__ == ((32,) if "linear" in blocks[name] else (16,))
+        monkeypatch.setattr(function, "__defaults__", (T,))
+
+
+@pytest.mark.parametrize("name, T, lengths", [("s5", 12, range(13, 25)),
+                                              ("selective", 4, range(5, 17))])
+def test_lengths_share_a_graph(name, T, lengths, monkeypatch):
+    """With dynamic=True a scan has one graph for 12 lengths of as many levels, in s5.py and
+    lru.py of as many blocks; torch.compile gives up after eight graphs of a function."""
     torch._dynamo.reset()
+    set_block(monkeypatch, name, T)
     case = named(name)
     layer = case.build()
     counter = CompileCounter()
     compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend=counter)
     with torch.no_grad():
-        for l in range(lengths, lengths + 12):
+        for l in lengths:
             u = signal(2, case.h, l)
             assert error(compiled(u)[0], layer(u)[0]) <= 1e-5, l
-    assert counter.frame_count == 1
+    assert counter.frame_count <= 2             # one more where the blocks are all full
 
 
 @pytest.mark.filterwarnings("ignore")
