@@ -267,7 +267,7 @@ def linear_scan(dt, v, A, x):
         for a_i, v_i in zip(decays[1:], v[1:]):
             end = torch.addcmul(v_i, a_i, end)                          # (.., J, d, n)
         dt_j = torch.stack(dt).sum(0)                                   # (.., J, d)
-        ends = linear_scan(in_slices(dt_j, -2), in_slices(end, -3), A, x)
+        ends = linear_scan(in_slices(dt_j, -2, 4), in_slices(end, -3, 4), A, x)
         ends = torch.stack(list(ends), -3).flatten(-4, -3)
         state = torch.cat([state, ends[..., :J - 1, :, :]], -3)         # (.., J, d, n)
     for a_i, v_i in zip(decays, v):
@@ -275,8 +275,8 @@ def linear_scan(dt, v, A, x):
         yield state
 
 
-def selective_scan(u, dt, B, C, A, x, largest=2 ** 21):
-    """The same in groups of steps with about `largest` states. The last four or so are kept
+def selective_scan(u, dt, B, C, A, x, largest=2 ** 22):
+    """The same in groups of steps with about `largest` states. The last two or so are kept
     for the backward pass, which begins there; those before are computed once more. Each
     group is a block shorter than the one before, so that its tensors fit into what that one
     has freed: the malloc of glibc looks for a few bytes more than a tensor has.
@@ -286,7 +286,7 @@ def selective_scan(u, dt, B, C, A, x, largest=2 ** 21):
     while start < l:
         stop = start + 16 * (J + J // 2 - len(outputs) % J)
         part = [t[..., start:stop, :] for t in (u, dt, B, C)]
-        if l - stop > 4 * 16 * J and torch.is_grad_enabled():
+        if l - stop > 2 * 16 * J and torch.is_grad_enabled():
             y, x = checkpoint(scan_blocks, *part, A, x, use_reentrant=False)
         else:
             y, x = scan_blocks(*part, A, x)
