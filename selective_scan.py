@@ -116,9 +116,8 @@ class SelectiveSSM(nn.Module):
         A, rate = discrete or self.discretize(rate)
         v = u.to(self.D.dtype)
         dt, B, C = self.select(v, rate)
-        x = decay_over(dt, A) * state + inflow(dt, B, v)        # (b, d, n)
-        y = (C[:, None] * x).sum(-1) + self.D * v               # (b, d)
-        return y.to(u.dtype), x
+        y, x = one_step(v, dt, B, C, A, state)
+        return (y + self.D * v).to(u.dtype), x
 
     def forward(self, u, state=None, *, rate=1.0, method="scan"):
         """u (b, d, l), state (b, d, n) or None -> y (b, d, l), last state or None.
@@ -208,38 +207,33 @@ class Mamba(SelectiveSSM):
         return o.mT.to(u.dtype), None if state is None else (inputs, x)
 
 
-# ---- the two parts of (1), exp(dt A) and dt B u, of one step or of many ----
-
-def decay_over(dt, A):
-    """dt (.., d), A (d, n) -> (.., d, n)."""
-    return torch.exp(dt[..., None] * A)
-
-
-def inflow(dt, B, u):
-    """dt (.., d), B (.., n), u (.., d) -> (.., d, n)."""
-    return (dt * u)[..., None] * B[..., None, :]
-
-
-# ---- (1) step by step, in blocks, and in groups of blocks, without D ----
+# ---- (1) once, step by step, in blocks, and in groups of blocks ----
 # u, dt (.., l, d), B, C (.., l, n), A (.., d, n), x (.., d, n) -> y (.., l, d), last x
+
+def one_step(u, dt, B, C, A, x):
+    """(1) without D: all as above, but without l."""
+    x = torch.exp(dt[..., None] * A) * x + (dt * u)[..., None] * B[..., None, :]
+    y = (C[..., None, :] * x).sum(-1)
+    return y, x
+
 
 def step_by_step(u, dt, B, C, A, x):
     """The definition."""
     outputs = []
-    for u_k, dt_k, B_k, C_k in zip(*(t.unbind(-2) for t in (u, dt, B, C))):
-        x = decay_over(dt_k, A) * x + inflow(dt_k, B_k, u_k)
-        outputs.append((C_k[..., None, :] * x).sum(-1))
+    for part in zip(*(t.unbind(-2) for t in (u, dt, B, C))):
+        y_k, x = one_step(*part, A, x)
+        outputs.append(y_k)
     return torch.stack(outputs, -2), x
 
 
 def scan_blocks(u, dt, B, C, A, x):
-    """The same by linear_scan."""
-    u_i, dt_i, B_i, C_i = (in_slices(t, -2) for t in (u, dt, B, C))
-    v_i = [inflow(*part) for part in zip(dt_i, B_i, u_i)]               # (.., J, d, n) each
+    """The same by linear_scan, with features last, which is faster: A, x (.., n, d)."""
+    dtu, dt_i, B_i, C_i = (in_slices(t, -2) for t in (dt * u, dt, B, C))
+    v_i = [B_k[..., None] * w[..., None, :] for w, B_k in zip(dtu, B_i)]    # (.., J, n, d)
     outputs = []
     for x, C_k in zip(linear_scan(dt_i, v_i, A[..., None, :, :], x), C_i):
         with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):
-            outputs.append((x @ C_k[..., None])[..., 0])                # (.., J, d)
+            outputs.append((C_k[..., None, :] @ x)[..., 0, :])              # (.., J, d)
     y = torch.stack(outputs, -2).flatten(-3, -2)
     return y[..., :u.shape[-2], :], x[..., -1, :, :]
 
@@ -252,24 +246,24 @@ def in_slices(t, dim, T=16):
 
 
 def linear_scan(dt, v, A, x):
-    """All x_k = exp(dt_k A) x_{k-1} + v_k from x_{-1} = x: dt (.., J, d), v (.., J, d, n)
+    """All x_k = exp(dt_k A) x_{k-1} + v_k from x_{-1} = x: dt (.., J, d), v (.., J, n, d)
     and the x_k are T slices each, which is faster than one large tensor.
 
     All J blocks at once, each from 0, for their ends; by these, in the same way, where each
     block really starts; then all at once again, from there. Why not cumsum(v / P) P, with P
     the cumulative product of decays? P underflows.
     """
-    decays = [decay_over(dt_i, A) for dt_i in dt]
+    decays = [torch.exp(dt_i[..., None, :] * A) for dt_i in dt]
     J = dt[0].shape[-2]
     state = x[..., None, :, :]
     if J > 1:
         end = v[0]
         for a_i, v_i in zip(decays[1:], v[1:]):
-            end = torch.addcmul(v_i, a_i, end)                          # (.., J, d, n)
+            end = torch.addcmul(v_i, a_i, end)                          # (.., J, n, d)
         dt_j = torch.stack(dt).sum(0)                                   # (.., J, d)
         ends = linear_scan(in_slices(dt_j, -2, 4), in_slices(end, -3, 4), A, x)
         ends = torch.stack(list(ends), -3).flatten(-4, -3)
-        state = torch.cat([state, ends[..., :J - 1, :, :]], -3)         # (.., J, d, n)
+        state = torch.cat([state, ends[..., :J - 1, :, :]], -3)         # (.., J, n, d)
     for a_i, v_i in zip(decays, v):
         state = torch.addcmul(v_i, a_i, state)
         yield state
@@ -282,6 +276,7 @@ def selective_scan(u, dt, B, C, A, x, largest=2 ** 22):
     has freed: the malloc of glibc looks for a few bytes more than a tensor has.
     """
     J = max(1, largest // x.numel() // 16)                              # blocks, on average
+    A, x = A.mT.contiguous(), x.mT
     outputs, start, l = [], 0, u.shape[-2]
     while start < l:
         stop = start + 16 * (J + J // 2 - len(outputs) % J)
@@ -292,7 +287,7 @@ def selective_scan(u, dt, B, C, A, x, largest=2 ** 22):
             y, x = scan_blocks(*part, A, x)
         outputs.append(y)
         start = stop
-    return torch.cat(outputs, -2), x
+    return torch.cat(outputs, -2), x.mT
 
 
 def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None,
