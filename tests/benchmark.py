@@ -457,11 +457,12 @@ OPERATORS = {"lssl": "LSSL", "s4": "S4", "dss": "DSS", "s4d": "S4D", "gss": "GSS
              "selective_scan": "SelectiveSSM", "mamba": "Mamba"}
 
 
-def operators(batch=1):
+def operators(h=16):
     """How many operators a forward pass and a training step launch, as lines of Markdown. Nothing is computed."""
-    lines = [f"## Operators in one pass through one layer, h = {H}, batch {batch}", "",
+    lines = [f"## Operators in one pass through one layer, h = {h}, batch 1", "",
              "On a GPU each is the launch of a kernel, about 5 microseconds, whatever its size. Forward is without",
-             "gradients; f+b is forward and backward.", "",
+             "gradients; f+b is forward and backward. They do not depend on h and batch, but for the selective scan: it",
+             "works in groups of about 2^21 states (b d n l), and launches so many for each group.", "",
              f"| layer | forward, l = {L} | l = {16 * L} | f+b, l = {L} | l = {16 * L} |",
              "| --- | ---: | ---: | ---: | ---: |"]
     for name, cls in OPERATORS.items():
@@ -469,7 +470,7 @@ def operators(batch=1):
         for l in (L, 16 * L):
             module = importlib.import_module("selective_scan" if name == "mamba" else name)
             options = {"l_max": l} if name == "dss" else {}
-            counts.append(count_operators(getattr(module, cls)(H, **options), H, l, batch))
+            counts.append(count_operators(getattr(module, cls)(h, **options), h, l))
         (forward, both), (long_forward, long_both) = counts
         lines.append(f"| {name} | {forward} | {long_forward} | {both} | {long_both} |")
     return "\n".join(lines) + "\n"
