@@ -62,10 +62,9 @@ def test_one_device_with_other_options_of_s4(options):
         rehearse(layer, 4, ["conv"], "bidirectional" not in options)
 
 
-@pytest.mark.parametrize("name", ["s4", "s5", "selective"])
-def test_one_device_at_a_length_with_another_path(name):
-    """s4.py takes dense powers from 32 n steps on; the scans have several levels."""
-    case = next(case for case in CASES if case.name == name)
+def test_one_device_where_s4_takes_dense_powers():
+    """More than 32 n steps."""
+    case = next(case for case in CASES if case.name == "s4")
     layer = case.build()
     with on_fake_gpu(layer):
         rehearse(layer, case.h, case.methods[:1], l=270)
@@ -148,7 +147,7 @@ def test_network_of_example_on_one_device(activation, norm):
         assert all(t.device.type == DEVICE for t in tensors((scores, state, discrete)))
 
 
-@pytest.mark.parametrize("name", ["lssl", "s4d", "s5", "selective"])
+@pytest.mark.parametrize("name", ["lssl", "s5", "selective"])
 def test_launches_do_not_grow_with_the_length(name):
     """16 times as long: at most twice as many, for a scan has one level more. The other
     layers share their functions with these."""
