@@ -84,7 +84,8 @@ def test_compiled_gradients(name, method, with_state, monkeypatch):
 
 def set_block(monkeypatch, name, T):
     """Blocks of T steps in the scans, for smaller graphs."""
-    blocks = {"s5": "s5.linear_scan", "selective": "selective_scan.in_slices"}
+    blocks = {"s5": "s5.linear_scan", "selective": "selective_scan.in_slices",
+              "mamba": "selective_scan.in_slices"}
     if name in blocks:
         module, function = blocks[name].split(".")
         function = getattr(importlib.import_module(module), function)
