@@ -26,6 +26,7 @@ import os
 import socket
 import sys
 import tarfile
+import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -36,24 +37,25 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
-# The class, its options, defaults of flags, for about 200,000 parameters; cost: an epoch's
-# time, s4d's being 1. Activation "none" is for layers that mix the features themselves.
+# The class, its options, and the defaults of flags, for about 200,000 parameters each.
+# Activation "none" is for layers that mix the features themselves.
 MODELS = {
-    "s4": {"layer": "s4.S4", "cost": 1.3, "flags": {"d_state": 32}},
-    "s4d": {"layer": "s4d.S4D", "cost": 1.0},
-    "lssl": {"layer": "lssl.LSSL", "cost": 1.3},
-    "dss": {"layer": "dss.DSS", "cost": 1.1},
-    "gss": {"layer": "gss.GSS", "cost": 1.1, "flags": {"activation": "none"},
+    "s4": {"layer": "s4.S4", "flags": {"d_state": 32}},
+    "s4d": {"layer": "s4d.S4D"},
+    "lssl": {"layer": "lssl.LSSL"},
+    "dss": {"layer": "dss.DSS"},
+    "gss": {"layer": "gss.GSS", "flags": {"activation": "none"},
             "options": {"expand": 1, "measure": "diag-lin", "dt_min": 1e-3, "dt_max": 0.1,
                         "train_dt": True}},             # the start of S4D
-    "s5": {"layer": "s5.S5", "cost": 0.9},
-    "lru": {"layer": "lru.LRU", "cost": 0.9, "flags": {"d_state": 32},
+    "s5": {"layer": "s5.S5"},
+    "lru": {"layer": "lru.LRU", "flags": {"d_state": 32},
             "options": {"r_min": 0.99, "r_max": 0.9999, "max_phase": 0.314}},
-    "selective_scan": {"layer": "selective_scan.SelectiveSSM", "cost": 4.6,
-                       "options": {"lr": 1e-3}, "flags": {"d_state": 16}},
-    "mamba": {"layer": "selective_scan.Mamba", "cost": 5.2, "options": {"lr": 1e-3},
+    "selective_scan": {"layer": "selective_scan.SelectiveSSM", "options": {"lr": 1e-3},
+                       "flags": {"d_state": 16}},
+    "mamba": {"layer": "selective_scan.Mamba", "options": {"lr": 1e-3},
               "flags": {"d_state": 16, "n_layers": 2, "activation": "none"}},
 }
+ALL = 13                            # s4, the first one, and all the others, in times of s4
 ACTIVATIONS = ["glu", "half_glu1", "half_glu2", "gelu", "none"]
 
 
@@ -157,7 +159,8 @@ class StackedSSM(nn.Module):
         check(x.dim() > 1 and x.shape[2:] == self.d_input and x.shape[1] > 0,
               f"x is {tuple(x.shape)}: pass (b, l, *{tuple(self.d_input)})")
         states, total, count = state or (len(self.layers) * [None], 0, 0)
-        self.check_states(states)
+        check(len(states) == len(self.layers),
+              f"state: of {len(states)} layers, not {len(self.layers)}")
         x = self.encoder(((x - self.mean) / self.std).flatten(2)).mT        # (b, h, l)
         after = []
         for layer, before in zip(self.layers, states):
@@ -173,7 +176,8 @@ class StackedSSM(nn.Module):
         check(x.dim() > 0 and x.shape[1:] == self.d_input,
               f"x is {tuple(x.shape)}: pass (b, *{tuple(self.d_input)})")
         states, total, count = state or ([], 0, 0)
-        self.check_states(states)
+        check(len(states) == len(self.layers),
+              f"state: of {len(states)} layers, not {len(self.layers)}")
         x = self.encoder(((x - self.mean) / self.std).flatten(1))           # (b, h)
         discrete = discrete or len(self.layers) * [None]
         after = []
@@ -184,10 +188,6 @@ class StackedSSM(nn.Module):
         count = count + 1
         y = self.head(total / count if self.pool else x).unflatten(-1, self.d_output)
         return y, (after, total, count)
-
-    def check_states(self, states):
-        check(len(states) == len(self.layers), f"state: of {len(states)} layers, not "
-              f"{len(self.layers)}; pass one of the shape of initial_state()")
 
 
 def check(ok, message):
@@ -203,10 +203,9 @@ def build_network(args):
     layer = getattr(importlib.import_module(file), name)
     torch.manual_seed(args.seed)
     return StackedSSM(
-        lambda d_model: layer(d_model, args.d_state, **model.get("options", {})),
-        1 if args.grayscale else 3, 10, d_model=args.d_model, n_layers=args.n_layers,
-        norm=args.norm, prenorm=args.prenorm, activation=args.activation,
-        dropout=args.dropout)
+        lambda d_model: layer(d_model, args.d_state, **model.get("options", {})), 3, 10,
+        d_model=args.d_model, n_layers=args.n_layers, norm=args.norm, prenorm=args.prenorm,
+        activation=args.activation, dropout=args.dropout)
 
 
 def load_network(path):
@@ -259,15 +258,14 @@ def train(args, net, optimizer, history, images, labels, n_test):
         row["train_loss"], row["train_accuracy"] = results.mean(1).tolist()
         row["seconds"] = round(time.monotonic() - start, 2)
         scores = evaluate(args, net, images[validation], "validation")
-        row["val_loss"] = F.cross_entropy(scores, labels[validation]).item()
         right = scores.argmax(1) == labels[validation]
+        row["val_loss"] = F.cross_entropy(scores, labels[validation]).item()
         row["val_accuracy"] = right.float().mean().item()
         if not math.isfinite(row["train_loss"] + row["val_loss"]):
-            step = results[0].isfinite().sum()
             raise FloatingPointError(
-                f"{args.model}: the loss of epoch {epoch} is not finite after step {step}. "
-                f"Start again with --lr below {args.lr:g} or --weight-decay below "
-                f"{args.weight_decay:g}. What is saved is kept.")
+                f"the loss of epoch {epoch} is not finite after step "
+                f"{results[0].isfinite().sum()}. Start again with --lr below {args.lr:g} "
+                f"or --weight-decay below {args.weight_decay:g}. What is saved is kept.")
         history.append(row)
         if RANK == 0:
             save(args, net, optimizer, history)
@@ -285,8 +283,8 @@ def train_epoch(args, epoch, model, optimizer, images, labels, indices, n_test):
     batches = order.view(steps, WORLD, share)[:, RANK]      # (steps, share)
     torch.manual_seed(seed * WORLD + RANK)              # dropout of its own in each
     results = torch.zeros(2, steps, device=images.device)
-    test = (n_test + args.eval_limit) / (share * WORLD)     # about this many steps
-    rest = 1.04 * steps * (args.epochs - epoch) + test  # 0.04 for the validation
+    rest = 1.04 * steps * (args.epochs - epoch)         # 0.04 for the validation
+    rest += (n_test + args.eval_limit) / (share * WORLD)    # the test: about so many steps
     start = time.monotonic()
     model.train()
     for i, batch in enumerate(track(batches, f"epoch {epoch}/{args.epochs}, step", rest)):
@@ -308,23 +306,16 @@ def train_epoch(args, epoch, model, optimizer, images, labels, indices, n_test):
 
 def cost(args, seconds, steps, rest):
     """What the run takes, at so many seconds for each of the steps of an epoch."""
-    hours = seconds / 3600
-    whole = hours * (steps + rest)
-    line = (f"{args.data} on {args.device}: about {60 * hours * steps:.1f} min an epoch, "
-            f"{whole:.1f} h for {args.epochs} epochs")
-    if args.every_model:
-        costs = sum(model["cost"] for model in MODELS.values())
-        line += f", {whole * costs / MODELS[args.model]['cost']:.1f} h for all models"
-    if args.data == "cifar10":
-        builtin = (4 * 1800 + 1256) / args.batch_size       # steps
-        line += (f"; --epochs 10 takes {10 * hours * steps:.1f} h, "
-                 f"--data builtin {60 * hours * builtin:.0f} min")
-    return line
+    epoch = seconds * steps / 60
+    builtin = seconds / 60 * (4 * 1800 + 1256) / args.batch_size    # 4 epochs and the test
+    return (f"{args.data} on {args.device}: about {epoch:.1f} min an epoch, "
+            f"{seconds * (steps + rest) / 3600:.1f} h for {args.epochs} epochs; "
+            f"--epochs 10 takes {epoch / 6:.1f} h, --data builtin {builtin:.0f} min")
 
 
 # ---- evaluation, in every mode ----
 def evaluate(args, net, images, what, piece=None, rate=1.0):
-    """Class scores (n, 10) of images (n, l, c), read whole or in pieces of piece pixels."""
+    """Class scores (n, 10) of images (n, l, 3), read whole or in pieces of piece pixels."""
     net.eval()
     found = []
     with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, args.amp):
@@ -349,45 +340,24 @@ def compare_modes(args, net, images, labels):
              ("pixel by pixel", images[:args.eval_limit], 1, 1.0),
              ("every second pixel, rate 2", images[:, 1::2], None, 2.0),
              ("every second pixel, rate 1", images[:, 1::2], None, 1.0)]
-    print("test images read             accuracy  images  unlike whole")
+    print("test images read             accuracy  images  unlike whole  ms per image")
     results = {}
     for mode, x, piece, rate in modes:
+        start = time.monotonic()
         found = evaluate(args, net, x, mode, piece, rate).argmax(1)
+        time_of_one = 1000 * (time.monotonic() - start) / len(x)
         if mode == "whole":
             whole = found
         accuracy = (found == labels[:len(x)]).float().mean().item()
         unlike = (found != whole[:len(x)]).sum().item()
-        results[mode] = {"accuracy": accuracy, "images": len(x), "unlike whole": unlike}
-        print(f"{mode:<28}{accuracy:>9.2%}{len(x):>8}{unlike:>14}", flush=True)
+        results[mode] = {"accuracy": accuracy, "images": len(x), "unlike whole": unlike,
+                         "ms per image": time_of_one}
+        print(f"{mode:<28}{accuracy:>9.2%}{len(x):>8}{unlike:>14}{time_of_one:>14.1f}",
+              flush=True)
     return results
 
 
-def milliseconds_per_step(net, image):
-    """The median for a pixel through the whole network, at batch 1."""
-    state = net.initial_state(1)
-    discrete = net.discretize()
-    times = []
-    with torch.no_grad():
-        for pixel in image[:200, None]:                     # (1, channels)
-            start = time.perf_counter()
-            scores, state = net.step(pixel, state, discrete=discrete)
-            scores.sum().item()                             # waits for a GPU
-            times.append(time.perf_counter() - start)
-    return 1000 * float(np.median(times))
-
-
-def compare_models(out):
-    print("           model  parameters  test accuracy  s per epoch  ms per step")
-    for name in MODELS:
-        path = out / name / "result.json"
-        if path.exists():
-            result = json.loads(path.read_text())
-            print(f"{name:>16}{result['parameters']:>12}"
-                  f"{result['modes']['whole']['accuracy']:>15.2%}"
-                  f"{result['seconds per epoch']:>13.1f}{result['ms per step']:>13.2f}")
-
-
-# ---- data: images (n, 1024, channels) uint8, labels (n) ----
+# ---- data: images (n, 1024, 3) uint8, labels (n) ----
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 FOLDER = "cifar-10-batches-bin"
@@ -396,62 +366,48 @@ FILES = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
 
 @functools.cache                                        # what fails is not tried again
 def download(data_dir):
-    """Put the files of CIFAR-10 into data_dir / FOLDER, the last one at the end."""
-    archive = data_dir / "cifar-10.tar.gz"
-    socket.setdefaulttimeout(20)
-    for attempt in (1, 2, 3):
-        try:
-            (data_dir / FOLDER).mkdir(parents=True, exist_ok=True)
+    """Put data_dir / FOLDER there when all of it is there, or else say why not."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(20)                    # seconds without an answer
+        with tempfile.TemporaryDirectory(dir=data_dir) as part:
+            archive = Path(part) / "archive"
             torch.hub.download_url_to_file(URL, archive, hash_prefix=SHA256)
             with tarfile.open(archive) as tar:
-                for name in FILES:
-                    content = tar.extractfile(f"{FOLDER}/{name}").read()
-                    write(data_dir / FOLDER / name, content)
-            return archive.unlink(missing_ok=True)      # another process may have been here
-        except Exception as error:                      # no network, another checksum, ...
-            print(f"download failed, attempt {attempt} of 3: {error}", flush=True)
+                tar.extractall(part, filter="data")
+            os.replace(Path(part) / FOLDER, data_dir / FOLDER)
+    except Exception as error:                          # no network, another checksum, ...
+        print(f"download failed: {error}", flush=True)
 
 
-def find_data(args):
-    """The folder of CIFAR-10, or None for the built-in images."""
+def load_data(args):
+    """"cifar10" or "builtin", then images and labels to train on and for the test."""
     folder = args.data_dir / FOLDER
-    if args.data == "builtin":
-        return None
-    if RANK == 0 and not (folder / FILES[-1]).exists():
+    if args.data != "builtin" and RANK == 0 and not folder.exists():
         download(args.data_dir)
     if WORLD > 1:
         torch.distributed.barrier()                     # the others wait for process 0
-    if (folder / FILES[-1]).exists():
-        return folder
-    if args.data == "cifar10":
-        sys.exit(f"no CIFAR-10 in {args.data_dir}, and the download failed")
-    print("No CIFAR-10: training on the built-in images", flush=True)
-
-
-def load_data(args, folder):
-    """Images and labels to train on, then for the test; folder None: the built-in ones."""
-    if folder is None:
-        parts = [builtin_images(2000, args.seed), builtin_images(1000, args.seed + 10**6)]
+    if args.data != "builtin" and folder.exists():
+        name = "cifar10"
+        arrays = [*read_batches(folder, FILES[:-1]), *read_batches(folder, FILES[-1:])]
+    elif args.data == "cifar10":
+        raise ValueError(f"no CIFAR-10 in {args.data_dir}, and the download failed")
     else:
-        parts = [read_batches(folder, FILES[:-1]), read_batches(folder, FILES[-1:])]
-    tensors = []
-    for images, labels in parts:
-        if args.grayscale:
-            images = (images @ np.float32([[0.299], [0.587], [0.114]])).astype(np.uint8)
-        tensors.append(torch.from_numpy(images[:args.limit]).to(args.device))
-        tensors.append(torch.from_numpy(labels[:args.limit]).to(args.device))
-    return tensors
+        name = "builtin"
+        arrays = [*builtin_images(2000, args.seed),
+                  *builtin_images(1000, args.seed + 10**6)]
+    tensors = [torch.from_numpy(array[:args.limit]).to(args.device) for array in arrays]
+    print(f"{name}: {len(tensors[0])} images, {len(tensors[2])} for the test", flush=True)
+    return name, *tensors
 
 
 def read_batches(folder, names):
     """Images (n, 1024, 3) and labels (n) from records of label, red, green and blue."""
     batches = []
     for name in names:
-        path = folder / name
-        raw = np.fromfile(path, np.uint8) if path.is_file() else np.zeros(0, np.uint8)
-        if raw.size == 0 or raw.size % 3073 or raw[::3073].max() > 9:
-            sys.exit(f"{path} is missing, or no records of 3073 bytes with labels 0 to 9")
-        print(f"{path}: {len(raw) // 3073} images", flush=True)
+        raw = np.fromfile(folder / name, np.uint8)
+        check(raw.size > 0 and raw.size % 3073 == 0 and raw[::3073].max() < 10,
+              f"{folder / name}: not records of 3073 bytes with labels 0 to 9")
         batches.append(raw.reshape(-1, 3073))
     records = np.concatenate(batches)
     images = records[:, 1:].reshape(-1, 3, 1024).swapaxes(1, 2)
@@ -460,7 +416,7 @@ def read_batches(folder, names):
 
 def builtin_images(n, seed):
     """Images (n, 1024, 3) of five bands, two warm and three cold: WHICH two is the class.
-    Random brightness, noise and stripes hide it from the mean and from neighbours."""
+    Neither the mean nor a few neighbouring pixels show it."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % 10)
     pairs = np.stack(np.triu_indices(5, 1), axis=1)                         # (10, 2)
@@ -470,12 +426,6 @@ def builtin_images(n, seed):
     images = rng.normal(128, 10, (n, 1, 1, 3)).astype("f4")
     images = images + 15 * rng.standard_normal((n, 32, 32, 3), "f4")
     images[:, 1:31] += tint[:, :, None, None] * np.array([1, 0, -1])        # red, blue
-    width = rng.uniform(4, 12, (n, 1, 1))
-    slant = rng.uniform(-1, 1, (n, 1, 1))
-    phase = rng.uniform(0, 2 * np.pi, (n, 1, 1))
-    y, x = np.mgrid[:32, :32]
-    stripes = np.cos(2 * np.pi * x / width + slant * y + phase)             # (n, 32, 32)
-    images += 40 * stripes[..., None]
     return images.clip(0, 255).astype(np.uint8).reshape(n, 1024, 3), labels
 
 
@@ -485,11 +435,11 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))        # number of processes
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DEFAULTS = {                                        # None: as the data wants it
     "model": "s4d", "d_model": 128, "d_state": 64, "n_layers": 4, "norm": "layer",
-    "prenorm": False, "activation": "glu", "dropout": 0.1, "grayscale": False,
-    "data": "auto", "limit": None, "epochs": None, "batch_size": None, "lr": 0.01,
-    "weight_decay": 0.01, "amp": False, "seed": 0}
+    "prenorm": False, "activation": "glu", "dropout": 0.1, "data": "auto", "limit": None,
+    "epochs": None, "batch_size": None, "lr": 0.01, "weight_decay": 0.01, "amp": False,
+    "seed": 0}
 NOT_STORED = {"data_dir": Path("data"), "device": DEVICE, "out": Path("runs"),
-              "eval_limit": 256, "every_model": False, "resume": False, "eval": None}
+              "eval_limit": 256, "resume": False, "eval": None}
 
 
 def number(kind, low, high=10**6):
@@ -503,7 +453,7 @@ def number(kind, low, high=10**6):
 
 
 def parse(argv):
-    """What is given on the command line: a dict without defaults."""
+    """What is given on the command line, and the processes: a dict without defaults."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS)
@@ -516,7 +466,6 @@ def parse(argv):
     add("--prenorm", action="store_true", help="normalize before the layer, not after")
     add("--activation", choices=ACTIVATIONS, help="default glu, some models none")
     add("--dropout", type=number(float, 0, 1), help="probability, default 0.1")
-    add("--grayscale", action="store_true", help="one channel, not three")
     add("--data", choices=["auto", "cifar10", "builtin"], help="default auto: see above")
     add("--data-dir", type=Path, help="of CIFAR-10, default data")
     add("--limit", type=number(int, 10 * WORLD), help="images to use, default all")
@@ -529,53 +478,29 @@ def parse(argv):
     add("--device", choices=["cpu", "cuda"], help="default cuda, if any")
     add("--out", type=Path, help="folder of the runs, default runs")
     add("--eval-limit", type=number(int, 1), help="images read pixel by pixel, default 256")
-    add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on after the last whole epoch")
     add("--eval", type=Path, metavar="FILE", help="a checkpoint to evaluate in every mode")
-    return vars(parser.parse_args(argv))
-
-
-def settle(given):
-    """The flags, those given before those of the checkpoint, of MODELS and of DEFAULTS; and
-    the checkpoint or None."""
-    given = {name: value for name, value in given.items() if value != "auto"}
-    flags = DEFAULTS | NOT_STORED | given
-    path = flags["eval"] or flags["out"] / flags["model"] / "last.pt"
-    if not flags["eval"] and not path.exists():
-        if flags["resume"]:
-            print(f"--resume: no {path}, so it starts from the beginning", flush=True)
-        of_model = MODELS[flags["model"]].get("flags", {})
-        return Namespace(**flags | of_model | given), None
-    check(flags["eval"] or flags["resume"],
-          f"{path} is of an earlier run: go on with --resume, or take another --out")
-    saved = load(path)
-    compare_flags(given, saved["args"], path)
-    if flags["resume"]:
-        load(path.with_name("best.pt"))                 # which the test will need
-    return Namespace(**NOT_STORED | saved["args"] | given), saved
-
-
-def compare_flags(given, stored, path):
-    """Refuse flags that do not go with the checkpoint, and say what changes by others."""
-    for name in sorted(given.keys() & stored.keys()):
-        now = given[name]
-        before = stored[name]
-        flag = "--" + name.replace("_", "-")
-        if "resume" in given and name == "epochs" and now > before:
-            print(f"--epochs was {before}: the cosine is laid anew over {now}", flush=True)
-        elif not ("eval" in given and name in ("data", "limit")):       # other test images
-            check(now == before, f"{flag} is {now} here, but {before} in {path}. "
-                  "Another --out?")
-    before = stored.get("processes", WORLD)
-    if "resume" in given and before != WORLD:
-        print(f"{WORLD} processes, before {before}: from here on, batches and dropout are "
-              "not those of a run without interruption", flush=True)
+    return vars(parser.parse_args(argv)) | {"processes": WORLD}
 
 
 def prepare(given):
     """Flags, network, optimizer and history as they are before the next epoch."""
+    of_model = MODELS[given.get("model", "s4d")].get("flags", {})
+    args = Namespace(**DEFAULTS | NOT_STORED | of_model | given)
+    path = args.eval or args.out / args.model / "last.pt"
+    saved = None
+    if args.eval or args.resume and path.exists():
+        saved = load(path)
+        compare_flags(given, saved["args"], path)
+        args = Namespace(**NOT_STORED | saved["args"] | given)
+        if args.resume:
+            load(path.with_name("best.pt"))             # which the test will need
+    elif args.resume:
+        print(f"--resume: no {path}, so it starts from the beginning", flush=True)
+    else:
+        check(not path.exists(), f"{path} is of an earlier run: go on with --resume, or "
+              "take another --out")
     try:
-        args, saved = settle(given)
         net = build_network(args).to(args.device)
         optimizer = torch.optim.AdamW(param_groups(net, args.lr, args.weight_decay))
         if saved is None:
@@ -583,51 +508,80 @@ def prepare(given):
         net.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         return args, net, optimizer, saved["history"]
-    except (ImportError, KeyError, ValueError, RuntimeError) as error:
-        message = " ".join(str(error).split())          # in one line
-        sys.exit(f"--model {given.get('model', 's4d')}: {message}")
+    except (ImportError, KeyError, RuntimeError, ValueError) as error:
+        where = f"--model {args.model}" if saved is None else path
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def compare_flags(given, stored, path):
+    """Refuse flags that do not go with the checkpoint, and say what others change."""
+    may_change = {"processes"} | ({"epochs"} if "resume" in given else {"data", "limit"})
+    for name in sorted(given.keys() & stored.keys()):
+        now = given[name]
+        before = stored[name]
+        if name not in may_change:
+            check(now == before, f"--{name.replace('_', '-')} is {now} here, but {before} "
+                  f"in {path}. Another --out?")
+        elif now != before and "resume" in given:
+            print(f"{name}: {before} before, {now} from here on, so the run becomes "
+                  "another than without interruption", flush=True)
 
 
 def run(args, net, optimizer, history):
-    """Train and test one model, or only test it."""
+    """Train and test one model, or only test it. Returns a line with the result."""
     folder = args.out / args.model
     result = folder / "result.json"
     if args.resume and len(history) == args.epochs and result.exists():
-        print(f"already finished, {args.epochs} epochs: {result.read_text()}")
-        return
+        return f"{args.model}: already finished, {args.epochs} epochs: {result.read_text()}"
     size = sum(parameter.numel() for parameter in net.parameters())
     print(f"{args.model}: {size:,} parameters on {args.device}", flush=True)
     for group in optimizer.param_groups:
         n = sum(parameter.numel() for parameter in group["params"])
         print(f"{n:>9,} at the rate {group['initial_lr']:g}, "
               f"weight decay {group['weight_decay']:g}")
-    cifar = find_data(args)
-    args.data = "cifar10" if cifar else "builtin"
-    args.epochs = args.epochs or (100 if cifar else 4)
-    args.batch_size = args.batch_size or (64 if cifar else 16)
-    images, labels, test_images, test_labels = load_data(args, cifar)
-    print(f"{args.data}: {len(images)} images, {len(test_images)} for the test", flush=True)
+    args.data, images, labels, test_images, test_labels = load_data(args)
+    args.epochs = args.epochs or (4 if args.data == "builtin" else 100)
+    args.batch_size = args.batch_size or (16 if args.data == "builtin" else 64)
     if not args.eval:
         result.unlink(missing_ok=True)
         train(args, net, optimizer, history, images, labels, len(test_images))
-    if RANK == 0:
-        if not args.eval:
-            net.load_state_dict(load(folder / "best.pt")["model"])
-        results = {"parameters": size}
-        results["modes"] = compare_modes(args, net, test_images, test_labels)
-        results["seconds per epoch"] = float(np.median([row["seconds"] for row in history]))
-        results["ms per step"] = milliseconds_per_step(net, test_images[0])
-        print("medians: {seconds per epoch:.1f} s per epoch, {ms per step:.2f} ms for a "
-              "pixel through the network at batch 1".format(**results), flush=True)
-        if not args.eval:
-            write(result, json.dumps(results, indent=1).encode())
+        if RANK > 0:
+            return None
+        net.load_state_dict(load(folder / "best.pt")["model"])
+    seconds = float(np.median([row["seconds"] for row in history]))
+    modes = compare_modes(args, net, test_images, test_labels)
+    results = {"parameters": size, "seconds per epoch": seconds, "modes": modes}
+    if not args.eval:
+        write(result, json.dumps(results, indent=1).encode())
+    return (f"{args.model}: {size:,} parameters, {modes['whole']['accuracy']:.2%} of the "
+            f"test images, {seconds:.1f} s per epoch (median)")
+
+
+def run_all(plans):
+    """Run one after the other. Returns a line for each one whose loss was not finite."""
+    with contextlib.ExitStack() as held:
+        for given in plans:
+            if RANK == 0 and "eval" not in given:
+                held.enter_context(lock(given))
+        jobs = [prepare(given) for given in plans]      # all, before the first one starts
+        summaries = []
+        failures = []
+        for args, *job in jobs:
+            try:
+                summaries.append(run(args, *job))
+            except FloatingPointError as error:         # the other models go on
+                failures.append(f"{args.model}: {error}")
+                print(failures[-1], flush=True)
+    print(*summaries, sep="\n")
+    return failures
 
 
 def main(argv):
     given = parse(argv)
     plans = [given]
     if given.get("model") == "all":
-        plans = [given | {"model": name, "every_model": True} for name in MODELS]
+        plans = [given | {"model": name} for name in MODELS]
+        print(f"all nine take about {ALL} times as long as s4, the first one", flush=True)
     if given.get("device", DEVICE) == "cuda":
         if not torch.cuda.is_available():
             sys.exit("--device cuda: there is no GPU, try --device cpu")
@@ -637,22 +591,12 @@ def main(argv):
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     keep_freed_memory()
-    failures = []
-    with contextlib.ExitStack() as locks:
-        if "eval" not in given:
-            for plan in plans:
-                locks.enter_context(locked(plan))
-        jobs = [prepare(plan) for plan in plans]        # all, before the first one starts
-        for job in jobs:
-            try:
-                run(*job)
-            except FloatingPointError as error:         # the other models go on
-                failures.append(str(error))
-                print(error, flush=True)
-            except KeyboardInterrupt:
-                sys.exit("\nStopped. --resume goes on after the last whole epoch, if any.")
-    if len(plans) > 1 and RANK == 0:
-        compare_models(given.get("out", NOT_STORED["out"]))
+    try:
+        failures = run_all(plans)
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. --resume goes on after the last whole epoch, if any.")
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
     if WORLD > 1:
         torch.distributed.destroy_process_group()
     if failures:
@@ -660,22 +604,21 @@ def main(argv):
 
 
 # ---- files and progress ----
-def locked(given):
-    """An open file in the folder of the run, locked: no other run can lock it until it is
-    closed, which the system does when a process ends, in whatever way."""
+def lock(given):
+    """A file in the folder of the run that no other run can lock while it is open; the
+    system closes it when the process ends, in whatever way."""
     flags = DEFAULTS | NOT_STORED | given
     folder = flags["out"] / flags["model"]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / f".lock{RANK}", "w")
-        if os.name == "posix":
-            import fcntl
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    if os.name == "posix":
+        import fcntl
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-    except BlockingIOError:
-        sys.exit(f"another run is at work in {folder}: wait for it, or take another --out")
-    except OSError as error:
-        sys.exit(f"{folder} could not be written: {error.strerror}")
+        except BlockingIOError:
+            raise ValueError(f"another run is at work in {folder}: wait for it, or take "
+                             "another --out") from None
+    return file
 
 
 def save(args, net, optimizer, history):
@@ -684,18 +627,13 @@ def save(args, net, optimizer, history):
     stored = {name: value for name, value in vars(args).items() if name not in NOT_STORED}
     content = io.BytesIO()
     torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(),
-                "history": history, "args": stored | {"processes": WORLD}}, content)
+                "history": history, "args": stored}, content)
     if history[-1] is max(history, key=lambda row: row["val_accuracy"]):
         write(folder / "best.pt", content.getvalue())
     write(folder / "last.pt", content.getvalue())           # after best.pt: none gets lost
     rows = [history[0].keys(), *(row.values() for row in history)]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
     write(folder / "metrics.csv", table.encode())
-    write(folder / "curves.png", draw_curves(history))
-
-
-def draw_curves(history):
-    """Loss and accuracy against the epochs: the bytes of a picture."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     epochs = [row["epoch"] for row in history]
     for ax, what in zip(figure.subplots(1, 2), ["loss", "accuracy"]):
@@ -706,7 +644,7 @@ def draw_curves(history):
         ax.legend()
     picture = io.BytesIO()
     figure.savefig(picture)
-    return picture.getvalue()
+    write(folder / "curves.png", picture.getvalue())
 
 
 def load(path):
@@ -714,7 +652,6 @@ def load(path):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         check(saved.keys() >= {"model", "optimizer", "history", "args"}
-              and saved["optimizer"].keys() >= {"state", "param_groups"}
               and saved["args"].keys() >= DEFAULTS.keys(), "parts are missing")
         return saved
     except Exception as error:          # of many kinds, for a file that save did not write
@@ -724,31 +661,26 @@ def load(path):
 
 def write(path, content):
     """Replace a file: there is the old one or the new one, never half of it."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    part = path.with_name(f"{path.name}.part")
     try:
         part.write_bytes(content)
         os.replace(part, path)
-    except OSError as error:
+    finally:
         part.unlink(missing_ok=True)
-        sys.exit(f"{path} could not be written: {error.strerror}")
 
 
 def track(items, what, rest=0):
-    """Yield the items. Print the time left for them and rest more: on a terminal in place
-    every second, otherwise a line after ten seconds and then every minute."""
-    in_place = sys.stdout.isatty()
-    end = "\033[K\r" if in_place else "\n"              # clears the rest of the line
-    if in_place:
-        print(what, end=end, flush=True)
+    """Yield the items; after ten seconds and then every minute, print how long they and
+    rest more will take."""
     start = time.monotonic()
-    due = start + (1 if in_place else 10)
+    due = start + 10
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
         if now >= due:
-            due = now + (1 if in_place else 60)
+            due = now + 60
             left = (now - start) / done * (len(items) + rest - done) / 60
-            print(f"{what} {done}/{len(items)}, {left:.1f} min left", end=end, flush=True)
+            print(f"{what} {done}/{len(items)}, {left:.1f} min left", flush=True)
 
 
 def keep_freed_memory():

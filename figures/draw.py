@@ -345,14 +345,14 @@ def draw_run(folder, data_dir):
 
 
 def test_images(args, data_dir, n):
-    """n images (n, 1024, c) of the data that the run was trained on, or built-in ones."""
+    """n images (n, 1024, 3) of the data that the run was trained on, or built-in ones."""
     folder = data_dir / example.FOLDER
     if args.data == "cifar10" and not folder.is_dir():
         print(f"no {folder}, pass --data-dir: built-in images are read instead")
-    if args.data == "builtin" or not folder.is_dir():
-        folder = None
-    flags = vars(args) | {"limit": n, "device": "cpu"}
-    return example.load_data(Namespace(**flags), folder)[2].float()
+    flags = vars(args) | {"limit": n, "device": "cpu", "data_dir": data_dir}
+    if not folder.is_dir():
+        flags["data"] = "builtin"
+    return example.load_data(Namespace(**flags))[3].float()
 
 
 def memory(net, images):

@@ -117,7 +117,7 @@ MUTATIONS = [
      "tests/test_example.py -k contradict"),
     ("example", "cosine of the learning rate", "(1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2", "1.0",
      "tests/test_example.py -k longer"),
-    ("example", "an earlier run", 'check(flags["eval"] or flags["resume"],', "check(True,",
+    ("example", "an earlier run", 'check(not path.exists(), ', "check(True, ",
      "tests/test_example.py -k older"),
     ("example", "two runs in one folder", "fcntl.flock(", "(", "tests/test_example.py -k two_runs"),
     ("example", "best.pt before training", 'load(path.with_name("best.pt"))', "pass",
