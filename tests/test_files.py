@@ -18,15 +18,12 @@ MODELS = sorted({case.layer.split(".")[0] for case in CASES})
 @pytest.mark.parametrize("module", MODELS)
 def test_model_file_alone(module, tmp_path):
     (tmp_path / f"{module}.py").write_bytes((ROOT / f"{module}.py").read_bytes())
-
-    def python(*arguments):
-        return subprocess.run([sys.executable, *arguments], cwd=tmp_path, text=True,
-                              capture_output=True)
-
-    silent = python("-W", "error", "-c", f"import {module}")
-    assert (silent.returncode, silent.stdout, silent.stderr) == (0, "", "")
-    run = python(f"{module}.py")
-    assert run.returncode == 0, run.stderr
+    code = (f"import {module}, runpy\nprint('imported')\n"
+            f"runpy.run_path('{module}.py', run_name='__main__')")
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, text=True,
+                         capture_output=True)
+    assert run.returncode == 0 and run.stderr == "", run.stderr
+    assert run.stdout.startswith("imported")                # nothing is printed before
     rows = re.findall(r"^(\S.*?) +differ by (\S+)$", run.stdout, re.M)
     exact = {name: float(error) for name, error in rows if "rate" not in name}
     assert len(exact) >= 2 and max(exact.values()) <= 1e-5, run.stdout
