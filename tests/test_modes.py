@@ -43,10 +43,13 @@ def test_oracle_at_every_length(case, dtype):
                 continue
             with torch.no_grad():
                 y, last = layer(u[..., :l], x, method=method)
-                y0, none = layer(u[..., :l], method=method)
-            assert none is None and y.dtype == y0.dtype == dtype
+            assert y.dtype == dtype
             assert error(y, expected[..., :l]) <= tolerance, (l, method)
-            assert error(y0, without[..., :l]) <= tolerance, (l, method)
+            if method != "step" or l < 1000:
+                with torch.no_grad():
+                    y0, none = layer(u[..., :l], method=method)
+                assert none is None and y0.dtype == dtype
+                assert error(y0, without[..., :l]) <= tolerance, (l, method)
             if l in (1, 64, 257):
                 _, expected_last = case.oracle(layer, u[..., :l], x)
                 assert error(last, expected_last) <= tolerance, (l, method)
@@ -263,9 +266,10 @@ def test_no_tensor_is_created_on_the_wrong_device(case):
     layer = case.build().to("meta")
     u = torch.empty(2, case.h, 50, device="meta", requires_grad=True)
     for method in case.methods:
+        l = 3 if method == "step" else 50               # a loop: each step is like the others
         for x in [None] + ([layer.initial_state(2)] if case.has_state else []):
-            y, last = layer(u, x, method=method)
-            assert y.device.type == "meta" and y.shape[-1] == 50
+            y, last = layer(u[..., :l], x, method=method)
+            assert y.device.type == "meta" and y.shape[-1] == l
             (y.sum() + sum(t.abs().sum() for t in leaves(last))).backward()
     if case.has_state:
         y, _ = layer.step(u[..., 0], layer.initial_state(2), discrete=layer.discretize())
