@@ -136,7 +136,8 @@ class DSS(nn.Module):
         v = u.to(self.D.dtype)
         A_k = powers(A_bar, l, v.dtype)                         # A_bar^k, as two factors
         K = vandermonde(C * B_bar, A_k, l)                  # (h, l), as in kernel()
-        y = fft_conv(v, K) + self.D[:, None] * v                # (b, h, l)
+        D = F.pad(self.D[:, None], (0, l - 1))                  # a kernel too: D at lag 0
+        y = fft_conv(v, K + D)                                  # (b, h, l)
         if state is None:
             return y.to(u.dtype), None
         # a state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the last state

@@ -156,7 +156,8 @@ class LSSL(nn.Module):
         with full_precision(u):
             A_k = squares(A_bar, l, v.dtype)
             K = free_response(C, A_k, B_bar[None].to(v), l)[0]          # (m, h, l)
-            y = fft_conv(v[:, None], K) + self.D[..., None] * v[:, None]
+            D = F.pad(self.D[..., None], (0, l - 1))                    # D at lag 0
+            y = fft_conv(v[:, None], K + D)                             # (b, m, h, l)
             last = None
             if state is not None:
                 x = times(A_bar, state.double()).to(v)                  # (b, h, n)

@@ -191,7 +191,8 @@ class S4(nn.Module):
         else:
             K, response, last = power_forward(self.discretize(rate), v, state)
         v = v[:, None]                                          # (b, 1, h, l)
-        y = fft_conv(v, K[:self.channels]) + self.D[..., None] * v + response
+        D = F.pad(self.D[..., None], (0, u.shape[-1] - 1))      # a kernel too: D at lag 0
+        y = fft_conv(v, K[:self.channels] + D) + response
         if self.bidirectional:                                  # y is (b, m, h, l)
             future = fft_conv(v.flip(-1), K[self.channels:]).flip(-1)
             y = y + F.pad(future[..., 1:], (0, 1))              # one step later
