@@ -478,6 +478,7 @@ def parse(argv):
     add("--device", choices=["cpu", "cuda"], help="default cuda, if any")
     add("--out", type=Path, help="folder of the runs, default runs")
     add("--eval-limit", type=number(int, 1), help="images read pixel by pixel, default 256")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on after the last whole epoch")
     add("--eval", type=Path, metavar="FILE", help="a checkpoint to evaluate in every mode")
     return vars(parser.parse_args(argv)) | {"processes": WORLD}

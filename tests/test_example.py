@@ -752,6 +752,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     (["--dropout", "nan"], "--dropout: nan: pass a number from 0 to 1"),
     (["--lr", "nan"], "--lr: nan: pass"),
     (["--model", "transformer"], "--model"),
+    (["--resume", "--eval", "best.pt"], "not allowed with argument"),
     (["--d-state", "3"], "even"),
     (["--model", "gss", "--d-model", "6"], "--model gss: bottleneck=4"),
     (["--device", "cuda"], "there is no GPU")])
