@@ -9,14 +9,16 @@
 
 Sequential CIFAR-10: the network reads an image as 1024 pixels, row by row, and names its
 class at the end; the images are not augmented. The data is downloaded once (170 MB); if
-that fails, images made here replace it. After ten steps a line says what the run will cost.
-Each epoch leaves in runs/<model>/ last.pt, which holds all it takes to go on bit for bit,
+that fails, images made here replace it, unless --data cifar10 asks for the real ones. After
+ten steps of the first epoch a line says what a run on CIFAR-10 will cost. Each epoch leaves
+in runs/<model>/ last.pt, from which --resume goes on, on the same machine bit for bit,
 best.pt (by validation accuracy), metrics.csv and curves.png; the test, result.json.
 """
 
 import argparse
 import contextlib
 import ctypes
+import datetime
 import functools
 import importlib
 import io
@@ -37,8 +39,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
-# The class, its options, and the defaults of flags, for about 200,000 parameters each.
-# Activation "none" is for layers that mix the features themselves.
+# The class, its options, and the defaults of flags: 170,000 to 235,000 parameters each.
+# Activation "none" is for layers with a gate of their own.
 MODELS = {
     "s4": {"layer": "s4.S4", "flags": {"d_state": 32}},
     "s4d": {"layer": "s4d.S4D"},
@@ -56,10 +58,12 @@ MODELS = {
               "flags": {"d_state": 16, "n_layers": 2, "activation": "none"}},
 }
 ALL = 22                        # nine models take about so many times as long as s4
+
+
+# ---- the network, from here to check(), needs torch alone: copy it ----
 ACTIVATIONS = ["glu", "half_glu1", "half_glu2", "gelu", "none"]
 
 
-# ---- the network: these two classes and check() need torch alone, copy them ----
 class SequenceLayer(nn.Module):
     """Residual block norm(x + f(x)), or x + f(norm(x)) with prenorm; f = dropout(mix(ssm)).
 
@@ -80,11 +84,9 @@ class SequenceLayer(nn.Module):
         self.norm = nn.LayerNorm(d_model) if norm == "layer" else nn.BatchNorm1d(d_model)
         self.dropout = nn.Dropout1d(dropout)
         if activation == "glu":
-            self.out = nn.Conv1d(d_model, 2 * d_model, 1)
-            self.gate = nn.GLU(dim=1)
+            self.out = nn.Conv1d(d_model, 2 * d_model, 1)       # V and W
         elif "half" in activation:
-            self.out = nn.Conv1d(d_model, d_model, 1)
-            self.gate = nn.Sigmoid()
+            self.out = nn.Conv1d(d_model, d_model, 1)           # W
 
     def normalize(self, x):
         """The norm at each step of x (b, h, l)."""
@@ -98,10 +100,10 @@ class SequenceLayer(nn.Module):
         if self.activation == "gelu":
             return g
         g = self.dropout(g)
-        z = self.gate(self.out(g))
         if self.activation == "glu":
-            return z
-        return z * (g if self.activation == "half_glu1" else y)
+            return F.glu(self.out(g), dim=1)
+        gate = self.out(g).sigmoid()
+        return gate * (g if self.activation == "half_glu1" else y)
 
     def forward(self, x, state=None, *, rate=1.0):
         """x (b, h, l), state or None -> (b, h, l), next state or None."""
@@ -114,7 +116,7 @@ class SequenceLayer(nn.Module):
         """One step: x (b, h), state -> (b, h), next state."""
         u = self.norm(x) if self.prenorm else x
         y, state = self.ssm.step(u, state, rate=rate, discrete=discrete)
-        x = x + self.dropout(self.mix(y[..., None]))[..., 0]        # of length 1
+        x = x + self.dropout(self.mix(y[..., None]))[..., 0]        # (b, h, 1), here l = 1
         return (x if self.prenorm else self.norm(x)), state
 
 
@@ -125,15 +127,17 @@ class StackedSSM(nn.Module):
     d_input, d_output: features of a step: a number, or several as (height, width, channels)
         for video, whose frames are flattened into features
     pool: True: classify by the mean of all steps so far; False: an output for every step
-    A state is (states of the layers, sum of the steps (b, h), their number). To generate
-    n steps from an initial value, pass that value followed by n - 1 zeros, with pool=False.
+    A state is (states of the layers, sum of the steps (b, h), their number). To see n steps
+    of what follows an initial value, pass that value and n - 1 zeros, with pool=False; no
+    output is fed back.
     """
     def __init__(self, ssm, d_input, d_output, *, d_model=128, n_layers=4, pool=True,
                  **options):
         super().__init__()
         self.d_input = torch.Size([d_input] if isinstance(d_input, int) else d_input)
         self.d_output = torch.Size([d_output] if isinstance(d_output, int) else d_output)
-        check(min(*self.d_input, *self.d_output, d_model, n_layers) > 0,
+        sizes = [d_model, n_layers, *self.d_input, *self.d_output]
+        check(min(sizes) > 0 and self.d_input and self.d_output,
               f"{d_input=}, {d_output=}, {d_model=}, {n_layers=}: pass positive numbers")
         functions = ssm if isinstance(ssm, list) else n_layers * [ssm]
         check(len(functions) == n_layers,
@@ -155,7 +159,8 @@ class StackedSSM(nn.Module):
         return [layer.ssm.discretize(rate) for layer in self.layers]
 
     def forward(self, x, state=None, *, rate=1.0):
-        """x (b, l, *d_input) -> (b, *d_output) or, without pool, (b, l, *d_output)."""
+        """x (b, l, *d_input), state or None -> y, next state or None; y is (b, *d_output)
+        or, without pool, (b, l, *d_output)."""
         check(x.dim() > 1 and x.shape[2:] == self.d_input and x.shape[1] > 0,
               f"x is {tuple(x.shape)}: pass (b, l, *{tuple(self.d_input)})")
         states, total, count = state or (len(self.layers) * [None], 0, 0)
@@ -212,12 +217,13 @@ def load_network(path):
     """The network of a checkpoint, for use in Python:
     scores, _ = load_network("runs/s4d/best.pt")(images)    # (b, 1024, 3), 0 to 255"""
     saved = load(Path(path))
-    net = build_network(Namespace(**saved["args"]))
+    with torch.random.fork_rng(devices=[]):             # the seed stays in here
+        net = build_network(Namespace(**saved["args"]))
     net.load_state_dict(saved["model"])
     return net.eval()
 
 
-# ---- the recipe of the official S4 example; from here on it is ordinary PyTorch ----
+# ---- the recipe of the official S4 example; the rest knows no layer by name ----
 def param_groups(model, lr, weight_decay):
     """Groups for AdamW. What a layer lists in ssm_lr (A, B, dt) gets the rate given there,
     at most lr, and no weight decay. Differs from the official example: vectors (biases,
@@ -265,7 +271,8 @@ def train(args, net, optimizer, history, images, labels, n_test):
             raise FloatingPointError(
                 f"the loss of epoch {epoch} is not finite after step "
                 f"{results[0].isfinite().sum()}. Start again with --lr below {args.lr:g} "
-                f"or --weight-decay below {args.weight_decay:g}. What is saved is kept.")
+                f"or --weight-decay below {args.weight_decay:g}, in another --out. What is "
+                "saved is kept.")
         history.append(row)
         if RANK == 0:
             save(args, net, optimizer, history)
@@ -274,13 +281,14 @@ def train(args, net, optimizer, history, images, labels, n_test):
 
 
 def train_epoch(args, epoch, model, optimizer, images, labels, indices, n_test):
-    """Train on the images indices. Returns loss and accuracy of each step: (2, steps)."""
+    """Train on the images indices, without what is left over at the end, less than a batch.
+    Returns loss and accuracy of each step: (2, steps)."""
     seed = args.seed * 10**6 + epoch                    # a resumed run draws the same
     torch.manual_seed(seed)                             # one order for all processes
     share = min(args.batch_size, len(indices)) // WORLD
     steps = len(indices) // (share * WORLD)
-    order = indices[torch.randperm(len(indices))[:steps * WORLD * share].to(indices.device)]
-    batches = order.view(steps, WORLD, share)[:, RANK]      # (steps, share)
+    order = torch.randperm(len(indices)).to(indices.device)[:steps * WORLD * share]
+    batches = indices[order].view(steps, WORLD, share)[:, RANK]     # (steps, share)
     torch.manual_seed(seed * WORLD + RANK)              # dropout of its own in each
     results = torch.zeros(2, steps, device=images.device)
     rest = 1.04 * steps * (args.epochs - epoch)         # 0.04 for the validation
@@ -296,7 +304,8 @@ def train_epoch(args, epoch, model, optimizer, images, labels, indices, n_test):
         optimizer.step()
         results[0, i] = loss.detach()
         results[1, i] = (scores.argmax(1) == labels[batch]).float().mean()
-        if epoch == 1 and i == 9:
+        if epoch == 1 and i == 9 and args.data == "cifar10":
+            loss.item()                                 # waits for a GPU
             seconds = (time.monotonic() - start) / 10
             print(cost(args, seconds, steps, rest), flush=True)
     if WORLD > 1:
@@ -305,9 +314,10 @@ def train_epoch(args, epoch, model, optimizer, images, labels, indices, n_test):
 
 
 def cost(args, seconds, steps, rest):
-    """What the run takes, at so many seconds for each of the steps of an epoch."""
+    """What the run takes, if each step of an epoch, and of the rest, takes seconds."""
     epoch = seconds * steps / 60
-    builtin = seconds / 60 * (4 * 1800 + 1256) / args.batch_size    # 4 epochs and the test
+    images = 4 * 1800 + 1256                            # --data builtin: 4 epochs, the test
+    builtin = seconds / 60 * images / args.batch_size
     return (f"{args.data} on {args.device}: about {epoch:.1f} min an epoch, "
             f"{seconds * (steps + rest) / 3600:.1f} h for {args.epochs} epochs; "
             f"--epochs 10 takes {epoch / 6:.1f} h, --data builtin {builtin:.0f} min")
@@ -333,8 +343,8 @@ def evaluate(args, net, images, what, piece=None, rate=1.0):
 
 
 def compare_modes(args, net, images, labels):
-    """Print and return the accuracy in every mode. Half rate reads pixels 1, 3, 5, ..., for
-    an input ends at its sample; rate 2 doubles the step size, rate 1 is the control."""
+    """Print and return the accuracy in every mode. Half rate reads pixels 1, 3, 5, ...: a
+    step ends at its pixel, so one of 2 dt ends at every second; rate 1 is the control."""
     modes = [("whole", images, None, 1.0),
              ("in pieces of 300 pixels", images, 300, 1.0),
              ("pixel by pixel", images[:args.eval_limit], 1, 1.0),
@@ -345,10 +355,10 @@ def compare_modes(args, net, images, labels):
     for mode, x, piece, rate in modes:
         start = time.monotonic()
         found = evaluate(args, net, x, mode, piece, rate).argmax(1)
+        accuracy = (found == labels[:len(x)]).float().mean().item()
         time_of_one = 1000 * (time.monotonic() - start) / len(x)
         if mode == "whole":
             whole = found
-        accuracy = (found == labels[:len(x)]).float().mean().item()
         unlike = (found != whole[:len(x)]).sum().item()
         results[mode] = {"accuracy": accuracy, "images": len(x), "unlike whole": unlike,
                          "ms per image": time_of_one}
@@ -433,7 +443,8 @@ def builtin_images(n, seed):
 RANK = int(os.environ.get("RANK", 0))               # of this process, set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))        # number of processes
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DEFAULTS = {                                        # None: as the data wants it
+# epochs and batch_size: as the data wants it; limit: none; data: CIFAR-10 if it is there
+DEFAULTS = {
     "model": "s4d", "d_model": 128, "d_state": 64, "n_layers": 4, "norm": "layer",
     "prenorm": False, "activation": "glu", "dropout": 0.1, "data": "auto", "limit": None,
     "epochs": None, "batch_size": None, "lr": 0.01, "weight_decay": 0.01, "amp": False,
@@ -443,7 +454,7 @@ NOT_STORED = {"data_dir": Path("data"), "device": DEVICE, "out": Path("runs"),
 
 
 def number(kind, low, high=10**6):
-    """A type for argparse that says its limits."""
+    """A type for argparse, with limits; its own type of error has the message printed."""
     def number(text):
         if not low <= kind(text) <= high:
             message = f"{text}: pass a number from {low} to {high:g}"
@@ -453,7 +464,7 @@ def number(kind, low, high=10**6):
 
 
 def parse(argv):
-    """What is given on the command line, and the processes: a dict without defaults."""
+    """The flags that were given, without defaults."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS)
@@ -466,9 +477,10 @@ def parse(argv):
     add("--prenorm", action="store_true", help="normalize before the layer, not after")
     add("--activation", choices=ACTIVATIONS, help="default glu, some models none")
     add("--dropout", type=number(float, 0, 1), help="probability, default 0.1")
-    add("--data", choices=["auto", "cifar10", "builtin"], help="default auto: see above")
+    add("--data", choices=["cifar10", "builtin"], help="default: see above")
     add("--data-dir", type=Path, help="of CIFAR-10, default data")
-    add("--limit", type=number(int, 10 * WORLD), help="images to use, default all")
+    add("--limit", type=number(int, 10 * WORLD),
+        help="images to train on, and as many for the test; default all")
     add("--epochs", type=number(int, 1), help="default 100, for built-in images 4")
     add("--batch-size", type=number(int, WORLD), help="default 64, for built-in images 16")
     add("--lr", type=number(float, 0, 1e9), help="learning rate, default 0.01")
@@ -487,13 +499,13 @@ def parse(argv):
 def prepare(given):
     """Flags, network, optimizer and history as they are before the next epoch."""
     of_model = MODELS[given.get("model", "s4d")].get("flags", {})
-    args = Namespace(**DEFAULTS | NOT_STORED | of_model | given)
+    args = Namespace(**(DEFAULTS | NOT_STORED | of_model | given))      # the last one wins
     path = args.eval or args.out / args.model / "last.pt"
     saved = None
     if args.eval or args.resume and path.exists():
         saved = load(path)
         compare_flags(given, saved["args"], path)
-        args = Namespace(**NOT_STORED | saved["args"] | given)
+        args = Namespace(**(NOT_STORED | saved["args"] | given))
         if args.resume:
             load(path.with_name("best.pt"))             # which the test will need
     elif args.resume:
@@ -532,8 +544,9 @@ def run(args, net, optimizer, history):
     """Train and test one model, or only test it. Returns a line with the result."""
     folder = args.out / args.model
     result = folder / "result.json"
-    if args.resume and len(history) == args.epochs and result.exists():
-        return f"{args.model}: already finished, {args.epochs} epochs: {result.read_text()}"
+    if args.resume and len(history) >= (args.epochs or 1) and result.exists():
+        return (f"{args.model}: already finished, {len(history)} epochs: "
+                f"{result.read_text()}")
     size = sum(parameter.numel() for parameter in net.parameters())
     print(f"{args.model}: {size:,} parameters on {args.device}", flush=True)
     for group in optimizer.param_groups:
@@ -565,14 +578,16 @@ def run_all(plans):
             if RANK == 0 and "eval" not in given:
                 held.enter_context(lock(given))
         jobs = [prepare(given) for given in plans]      # all, before the first one starts
+        data = {args.data for args, *_ in jobs} - {"auto"}
         summaries = []
         failures = []
         for args, *job in jobs:
+            if len(data) == 1:                          # one run had it, the others take it
+                args.data = min(data)
             try:
                 summaries.append(run(args, *job))
             except FloatingPointError as error:         # the other models go on
                 failures.append(f"{args.model}: {error}")
-                print(failures[-1], flush=True)
     print(*summaries, sep="\n")
     return failures
 
@@ -582,15 +597,19 @@ def main(argv):
     plans = [given]
     if given.get("model") == "all":
         plans = [given | {"model": name} for name in MODELS]
-        print(f"all nine take about {ALL} times as long as s4, the first one", flush=True)
+        if "eval" in given:
+            sys.exit("--eval FILE: leave out --model, or name one")
     if given.get("device", DEVICE) == "cuda":
         if not torch.cuda.is_available():
             sys.exit("--device cuda: there is no GPU, try --device cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD > 1:
-        torch.distributed.init_process_group()
+        wait = datetime.timedelta(days=1)               # for a download or a test
+        torch.distributed.init_process_group(timeout=wait)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
+    if len(plans) > 1:
+        print(f"all nine take about {ALL} times as long as s4, the first one", flush=True)
     keep_freed_memory()
     try:
         failures = run_all(plans)
@@ -606,8 +625,8 @@ def main(argv):
 
 # ---- files and progress ----
 def lock(given):
-    """A file in the folder of the run that no other run can lock while it is open; the
-    system closes it when the process ends, in whatever way."""
+    """A file in the folder of the run that no other run can lock while it is open (not on
+    Windows); the system closes it when the process ends, in whatever way."""
     flags = DEFAULTS | NOT_STORED | given
     folder = flags["out"] / flags["model"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -631,7 +650,6 @@ def save(args, net, optimizer, history):
                 "history": history, "args": stored}, content)
     if history[-1] is max(history, key=lambda row: row["val_accuracy"]):
         write(folder / "best.pt", content.getvalue())
-    write(folder / "last.pt", content.getvalue())           # after best.pt: none gets lost
     rows = [history[0].keys(), *(row.values() for row in history)]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
     write(folder / "metrics.csv", table.encode())
@@ -646,6 +664,7 @@ def save(args, net, optimizer, history):
     picture = io.BytesIO()
     figure.savefig(picture)
     write(folder / "curves.png", picture.getvalue())
+    write(folder / "last.pt", content.getvalue())           # last: then all is there
 
 
 def load(path):
@@ -671,8 +690,8 @@ def write(path, content):
 
 
 def track(items, what, rest=0):
-    """Yield the items; after ten seconds and then every minute, print how long they and
-    rest more will take."""
+    """Yield the items; after ten seconds and then every minute, print the time left for
+    them and for rest more, each as long as one of them."""
     start = time.monotonic()
     due = start + 10
     for done, item in enumerate(items, 1):

@@ -107,7 +107,7 @@ MUTATIONS = [
      "F.cross_entropy(scores.float(), labels[batch - 1])", "tests/test_example.py -k with_its_label"),
     ("example", "mean not set", "net.mean.copy_(", "(", "tests/test_example.py -k mean_and"),
     ("example", "std not set", "net.std.copy_(", "(", "tests/test_example.py -k mean_and"),
-    ("example", "gate of the activation", "nn.Sigmoid()", "nn.Tanh()", "tests/test_example.py -k activations"),
+    ("example", "gate of the activation", "self.out(g).sigmoid()", "self.out(g).tanh()", "tests/test_example.py -k activations"),
     ("example", "state of too few layers", "[None], 0, 0)\n        check(len(states) == len(self.layers),",
      "[None], 0, 0)\n        check(True,",
      "tests/test_example.py -k another_shape"),

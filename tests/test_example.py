@@ -404,7 +404,7 @@ def test_param_groups():
     ({"norm": "nope"}, "norm='nope': choose layer or batch"),
     ({"activation": "relu"}, "activation='relu': choose from .*half_glu2"),
     ({"dropout": 1.5}, "between 0 and 1, but got 1.5"), ({"n_layers": 0}, "n_layers=0"),
-    ({"d_model": 0}, "d_model=0"), ({"d_input": 0}, "d_input=0"),
+    ({"d_model": 0}, "d_model=0"), ({"d_input": 0}, "d_input=0"), ({"d_input": ()}, "pass"),
     ({"d_output": (2, -1)}, "pass positive numbers")])
 def test_bad_options_are_refused(options, message):
     given = {"d_input": 3, "d_output": 10, "d_model": 16} | options
@@ -523,8 +523,9 @@ def test_constant_images_train(tmp_path, monkeypatch):
 
 
 def test_a_trained_network_in_python(trained):
+    random = torch.get_rng_state()
     net = example.load_network(str(trained[0] / "best.pt"))
-    assert not net.training
+    assert not net.training and torch.equal(torch.get_rng_state(), random)
     saved = load(trained[0] / "best.pt")
     assert all(torch.equal(saved["model"][name], value)
                for name, value in net.state_dict().items())
@@ -562,13 +563,14 @@ def test_evaluation_of_a_checkpoint(trained, capsys):
     assert images == ["10", "10", "1", "10", "10"]
 
 
-@pytest.mark.parametrize("name", ["best.pt", "last.pt", "result.json"])
+@pytest.mark.parametrize("name", ["best.pt", "metrics.csv", "curves.png", "last.pt",
+                                  "result.json"])
 def test_killed_while_writing_and_resumed(trained, tmp_path, monkeypatch, name):
     """Killed in the middle of a file, of the second epoch where there is one."""
     replace, count, out = os.replace, itertools.count(), tmp_path / "s4d"
 
     def die(part, path):
-        if path.name == name and next(count) == (name == "last.pt"):
+        if path.name == name and next(count) == (name not in ("best.pt", "result.json")):
             raise GeneratorExit
         replace(part, path)
 
@@ -725,7 +727,8 @@ def test_a_file_that_is_no_checkpoint(copy, capsys, content):
 
 
 def test_disk_full(copy, capsys):
-    before = files(copy / "s4d", but=["result.json"])
+    """The pictures do not fit, nor the checkpoints that would come after them."""
+    before = files(copy / "s4d", but=["result.json", "metrics.csv"])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
@@ -733,7 +736,7 @@ def test_disk_full(copy, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "File too large" in message
-    assert before == files(copy / "s4d")
+    assert before == files(copy / "s4d", but=["metrics.csv"])
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, capsys):
@@ -752,6 +755,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     (["--dropout", "nan"], "--dropout: nan: pass a number from 0 to 1"),
     (["--lr", "nan"], "--lr: nan: pass"),
     (["--model", "transformer"], "--model"),
+    (["--model", "all", "--eval", "best.pt"], "leave out --model, or name one"),
     (["--resume", "--eval", "best.pt"], "not allowed with argument"),
     (["--d-state", "3"], "even"),
     (["--model", "gss", "--d-model", "6"], "--model gss: bottleneck=4"),
@@ -813,6 +817,17 @@ def test_all_models_are_looked_at_before_the_first_starts(tmp_path, capsys, monk
     assert "lru/last.pt is of an earlier run" in refusal(flags, capsys)
 
 
+def test_models_that_are_compared_read_the_same_images(copy, monkeypatch):
+    """One began on the built-in images; in the meantime there may be a network."""
+    models = {name: example.MODELS[name] for name in ("lru", "s4d")}
+    monkeypatch.setattr(example, "MODELS", models)
+    seen = []
+    monkeypatch.setattr(example, "run", lambda args, *job: seen.append(args.data))
+    flags = ["--model", "all", "--resume", "--out", str(copy), "--device", "cpu"]
+    example.main(flags)
+    assert seen == ["builtin", "builtin"]
+
+
 def test_a_model_that_diverges_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
     models = {name: example.MODELS[name] for name in ("s4d", "lru")}
     monkeypatch.setattr(example, "MODELS", models)
@@ -826,10 +841,8 @@ def test_a_model_that_diverges_does_not_stop_the_others(tmp_path, capsys, monkey
     flags = [*TINY, "--out", tmp_path, "--epochs", "1", "--model", "all"]
     with pytest.raises(SystemExit) as error:
         example.main([str(flag) for flag in flags])
-    printed = capsys.readouterr().out
     assert "s4d: the loss of epoch 1 is not finite" in error.value.code
-    assert printed.splitlines()[-1].startswith("lru: ")         # the result
-    assert "s4d: the loss of epoch 1 is not finite" in printed
+    assert capsys.readouterr().out.splitlines()[-1].startswith("lru: ")     # the result
 
 
 def test_a_failed_download_is_tried_once_for_all_models(tmp_path, capsys, monkeypatch):
