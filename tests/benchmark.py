@@ -2,7 +2,7 @@
 
     python tests/benchmark.py                                all, in about four minutes
     python tests/benchmark.py s4d s5 --quick                 these, with fewer repetitions
-    python tests/benchmark.py --markdown                     writes figures/benchmark.md
+    python tests/benchmark.py --markdown                     writes the last section of docs/measured.md
     python tests/benchmark.py --plot figures/benchmark.png   time against length, too
     python tests/benchmark.py --operators                    only the launches on a GPU
 
@@ -42,7 +42,8 @@ from torch.autograd.profiler import profile
 from fake_gpu import count_operators
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKDOWN = ROOT / "figures" / "benchmark.md"
+MARKDOWN = ROOT / "docs" / "measured.md"
+HEADING = "## All rows of the benchmark\n"
 H, N, L, BATCH = 128, 64, 1024, 16
 
 
@@ -147,10 +148,10 @@ class Table:
         self.add(what, peak_memory(ours), peak_memory(theirs), "MB", at_most=at_most)
 
     def markdown(self):
-        """The file figures/benchmark.md."""
+        """The section HEADING of docs/measured.md."""
         rows = [self.COLUMNS, ("---", *["---:"] * 4, "---"), *self.rows]
         table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-        return f"# tests/benchmark.py on {machine()}\n\n{table}\n"
+        return f"{HEADING}\ntests/benchmark.py on {machine()}.\n\n{table}\n"
 
 
 # ---- plain code for the same numbers ----
@@ -526,7 +527,7 @@ def main(argv=None):
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--plot", metavar="PATH", help="save a figure of the time against the length, too")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    parser.add_argument("--markdown", action="store_true", help="write figures/benchmark.md")
+    parser.add_argument("--markdown", action="store_true", help="write the section of docs/measured.md")
     parser.add_argument("--operators", action="store_true", help="print how many operators are launched, no more")
     args = parser.parse_args(argv)
     for name in set(args.names) - set(BENCHMARKS):
@@ -549,7 +550,8 @@ def main(argv=None):
     found = [row[-1] for row in table.rows]
     print(f"{found.count('ok')} requirements hold, {found.count('no')} do not; {time.time() - start:.0f} s")
     if args.markdown:
-        MARKDOWN.write_text(f"{table.markdown()}\n{operators()}")
+        page = MARKDOWN.read_text().split(HEADING)[0]        # the section is the last one
+        MARKDOWN.write_text(f"{page}{table.markdown()}\n{operators()}")
         print("wrote", MARKDOWN)
     if args.plot:
         plot(args.plot)
