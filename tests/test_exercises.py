@@ -2,8 +2,9 @@
 
     python tests/test_exercises.py s4d_3        # the numbers of the page, for 3 seeds
 
-A test asserts what the page says one should see; times are printed by hand alone. A function or a class that stands inside
-one is what a student writes, or edits in the file of the layer.
+A test asserts what the page says one should see, and begins with the answer to its "Why".
+Times are printed by hand alone: no test depends on one. A function or a class that stands
+inside a test is what a student writes, or edits in the file of the layer.
 """
 
 import inspect
@@ -69,6 +70,8 @@ def show_time(name, function, *arguments):
 # ---- s4d.py ----
 
 def test_s4d_1_kernel_by_the_direct_formula():
+    """h n/2 l powers, one by one; powers() has 2 sqrt(l) of them for each state, and the
+    rest is matrix products."""
     layer = S4D(8)
 
     def kernel(l):
@@ -91,6 +94,9 @@ def test_s4d_1_kernel_by_the_direct_formula():
 
 
 def test_s4d_2_lin_against_inv():
+    """All frequencies of diag-lin are multiples of pi, so that the sum of them repeats
+    after time 2, which is 200 steps of 0.01. Re A = -1/2 has decayed by e^(-1/2 2) = 1/e
+    there."""
     changes = []
     highest = []
     for measure in ("diag-lin", "diag-inv"):
@@ -105,6 +111,8 @@ def test_s4d_2_lin_against_inv():
 
 
 def test_s4d_3_freeze_A_and_dt():
+    """y_k has the term K_0 u_k + D u_k, and what is to be given back does not contain
+    u_k."""
     free = S4D(4, dt_min=0.1)
     frozen = S4D(4, dt_min=0.1)
     for parameter in (frozen.log_dt, frozen.log_A_real, frozen.A_imag):
@@ -119,6 +127,8 @@ def test_s4d_3_freeze_A_and_dt():
 # ---- lssl.py ----
 
 def test_lssl_1_reconstruct_a_jump():
+    """Gibbs: a sum of n smooth functions overshoots a jump by about 9% however large n is;
+    only the width of the ripples goes as 1/n."""
     u = (torch.arange(1000) >= 600).double()[None, None]        # a jump 400 samples ago
     s = torch.arange(1000) / 1000.0
     overshoot = []
@@ -136,6 +146,8 @@ def test_lssl_1_reconstruct_a_jump():
 
 
 def test_lssl_2_forward_euler():
+    """A is not normal: its eigenvectors are nearly parallel, so that powers of 1 + dt A
+    grow for long before they decay, whatever the eigenvalues say."""
     largest = []
     for dt in (0.002, 0.005, 0.02):                             # 2/64 is 0.031
         layer = LSSL(4, alpha=0.0, dt_min=dt, dt_max=dt)
@@ -147,6 +159,7 @@ def test_lssl_2_forward_euler():
 
 
 def test_lssl_3_window_of_length_2():
+    """The mean of u over the window, which is 1/2 when half of the window is filled."""
     def hippo_legendre(measure, n, original=lssl.hippo_legendre):
         A, B = original(measure, n)
         return A / 2, B / 2
@@ -177,6 +190,8 @@ def first_state(layer, l):
 # ---- s4.py ----
 
 def test_s4_1_error_against_q():
+    """What wraps around, q^l K_(k+l), and rounding, 1e-16, which q^-k amplifies by 1/q^l:
+    both are 1e-8 at q^l = 1e-8, or a little before, as K_(k+l) is smaller than K_k."""
     source = inspect.getsource(s4.cauchy_kernel)
     layer = S4(8)
     with torch.no_grad():
@@ -193,6 +208,9 @@ def test_s4_1_error_against_q():
 
 
 def test_s4_2_random_Lambda():
+    """With HiPPO the state holds the past as coefficients of polynomials, and C has to read
+    the value of ten steps ago from them. Random frequencies are no basis of the recent
+    past."""
     losses = []
     for random in (False, True):
         layer = S4(4, dt_min=0.1)
@@ -204,6 +222,7 @@ def test_s4_2_random_Lambda():
 
 
 def test_s4_3_without_P():
+    """P enters as P P*, whose derivative is proportional to P: zero at zero."""
     layer = S4(4, dt_min=0.01, dt_max=0.01)
     before = layer.kernel(1000)
     layer.P.data.zero_()
@@ -225,6 +244,8 @@ def test_s4_3_without_P():
 # ---- dss.py ----
 
 def test_dss_1_without_the_normalizer():
+    """It is e^-12.5 or less: the sum over time that the softmax divides by does not depend
+    on l_max any more."""
     changes = []
     for dt in (0.001, 0.01, 0.1):
         for l_max in (256, 4096, 65536):
@@ -240,6 +261,7 @@ def test_dss_1_without_the_normalizer():
 
 
 def test_dss_2_growing_kernels():
+    """By its sum over time, in which the last values count most."""
     sizes = []
     for real in (-0.5, 0.5):
         layer = DSS(4, l_max=256, dt_min=0.1, dt_max=0.1)
@@ -254,6 +276,7 @@ def test_dss_2_growing_kernels():
 
 
 def test_dss_3_exp_is_S4D():
+    """S4D stores one of each conjugate pair, and takes 2 Re; DSS takes Re of all."""
     layer = DSS(4, 32, version="exp")
     other = S4D(4, 64)
     other.log_dt.data = layer.log_dt.data
@@ -271,6 +294,7 @@ def test_dss_3_exp_is_S4D():
 # ---- gss.py ----
 
 def test_gss_1_bottleneck():
+    """4 / bottleneck: all, two, one. What does not come through has a loss of 1."""
     losses = []
     for bottleneck in (1, 2, 4):
         losses.append(delay(GSS(4, bottleneck=bottleneck), steps(100, 70)))
@@ -281,6 +305,8 @@ def test_gss_1_bottleneck():
 
 
 def test_gss_2_without_the_gate():
+    """Nothing: a delay is linear. With a bottleneck of 4 the SSM has two features for
+    eight."""
     gated = GSS(8)
     plain = GSS(8, 32, gate=False, bottleneck=1)
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in (gated, plain)]
@@ -291,6 +317,8 @@ def test_gss_2_without_the_gate():
 
 
 def test_gss_3_train_dt():
+    """At dt = 1 by up to five turns, so that ten steps are told from eleven; at dt = 0.01
+    by 0.3 at most: all kernels change little over 64 steps."""
     losses = []
     for options in ({}, {"dt_min": 1e-3, "dt_max": 0.1, "train_dt": True}):
         layer = GSS(4, bottleneck=1, gate=False, **options)
@@ -302,6 +330,9 @@ def test_gss_3_train_dt():
 # ---- s5.py ----
 
 def test_s5_1_block_length():
+    """The loop makes 1024 calls of an operation with few numbers each, where the call
+    itself is the cost. A tree makes ten levels of calls, with copies at each. Blocks of 4
+    to 32 make few calls with many numbers."""
     a = torch.rand(64, dtype=torch.complex128) / 2
     v = torch.randn(1, 1024, 64, dtype=torch.complex64)
     x = torch.zeros(1, 64, dtype=torch.complex128)
@@ -315,6 +346,7 @@ def test_s5_1_block_length():
 
 
 def test_s5_2_blocks():
+    """Like n^2: half the size, a quarter."""
     highest = []
     for blocks in (1, 2, 4, 8):
         highest.append(S5(4, blocks=blocks).Lambda_im.abs().max())
@@ -324,6 +356,7 @@ def test_s5_2_blocks():
 
 
 def test_s5_3_one_step_size():
+    """The real part, -1/2, of all eigenvalues of the normal part of HiPPO."""
     spread = []
     for shared in (False, True):
         layer = S5(4)
@@ -340,6 +373,7 @@ def test_s5_3_one_step_size():
 # ---- lru.py ----
 
 def test_lru_1_without_gamma():
+    """1 / (1 - |A_bar|^2), the variance of x for white noise; gamma^2 is its inverse."""
     sizes = []
     for gamma in (True, False):
         layer = LRU(4, r_min=0.9, r_max=0.999)
@@ -352,6 +386,8 @@ def test_lru_1_without_gamma():
 
 
 def test_lru_2_memory():
+    """|A_bar|^2 is uniform between r_min^2 and 1: the median is 0.5, or 0.905, and with it
+    1 / -log |A_bar| is 2.9, or 20."""
     steps = []
     for r_min in (0.0, 0.9):
         layer = LRU(4, 256, r_min=r_min)
@@ -362,6 +398,8 @@ def test_lru_2_memory():
 
 
 def test_lru_3_disk_or_ring():
+    """e^-10 and e^-1.5. A loss of 0.7 says that few states of the disk reach back 30
+    steps."""
     losses = []
     for r_min in (0.0, 0.9):
         losses.append(delay(LRU(1, r_min=r_min), 100, lag=30, h=1))
@@ -372,6 +410,7 @@ def test_lru_3_disk_or_ring():
 # ---- selective_scan.py ----
 
 def test_selective_scan_1_constant_B_or_dt():
+    """dt = 0 also keeps the state, exp(0 A) = 1; with B = 0 it goes on decaying."""
     class ConstantB(SelectiveSSM):
         def select(self, u, rate):
             dt, B, C = super().select(u, rate)
@@ -390,6 +429,8 @@ def test_selective_scan_1_constant_B_or_dt():
 
 
 def test_selective_scan_2_zero_order_hold():
+    """The factor depends on the feature (dt, A) and the state: (b, l, d, n). B is (b, l,
+    n), for all features."""
     class Hold(SelectiveSSM):
         def select(self, u, rate):
             dt, B, C = super().select(u, rate)
@@ -411,6 +452,7 @@ def test_selective_scan_2_zero_order_hold():
 
 
 def test_selective_scan_3_dt_after_training():
+    """At a flag exp(dt A) is near 0, and forgets; elsewhere it is near 1, and keeps."""
     loss, net = copying(SelectiveSSM(8, 2), steps(150, 130))
     value = torch.randn(16, 64)
     flag = torch.rand(16, 64) < 0.1
@@ -424,6 +466,8 @@ def test_selective_scan_3_dt_after_training():
 
 
 def test_selective_scan_4_without_the_backward_pass():
+    """Each step of the loop keeps its factor exp(dt A) and its state, (b, d, n) each; the
+    written gradient keeps the inputs of a group and the state at its start."""
     written, = [cls for cls in vars(selective_scan).values()
                 if isinstance(cls, type) and issubclass(cls, torch.autograd.Function)]
     torch.manual_seed(0)
@@ -465,6 +509,8 @@ def megabytes_for_backward(layer, u):
 # ---- example.py ----
 
 def test_example_1_without_the_rates_of_ssm_lr():
+    """A and dt stand in exponents, exp(k dt A): one large step of the optimizer makes a
+    kernel die at once, or never."""
     losses = []
     for lr, rates in ((0.02, True), (0.02, False), (0.2, True), (0.2, False)):
         layer = S4D(4, dt_min=0.1)
