@@ -12,6 +12,8 @@ n numbers each, are the same for all features. They depend on all, the vector u_
 
     dt_k = rate softplus(W u_k + bias),    B_k = W_B u_k,    C_k = W_C u_k.        (2)
 
+rate is ours, 1 in the paper: what was trained at one sampling rate runs at another.
+
 What was wrong before. All layers from LSSL to LRU treat every sample alike: they cannot
 decide by its content what to keep. Here dt_k -> 0 skips a sample and leaves the state as it
 is, a large dt_k forgets the past and takes the sample in, and B_k, C_k decide what goes
@@ -19,27 +21,31 @@ where. A stays constant: in dt_k A, a selective dt makes it selective too (secti
 
 Why no convolution? The response to u_i at time k, C_k exp((dt_{i+1} + ... + dt_k) A) dt_i
 B_i, depends on all samples between. There is no one kernel. But two steps in a row,
-x -> a x + v and x -> a' x + v', are one, x -> a'a x + (a'v + v'). So blocks of steps can
-run side by side: linear_scan.
 
-Why does memory matter? The states (b, d, l, n) are n times as large as the input. The
-paper's "hardware-aware" algorithm (section 3.3.2) keeps them in the fast on-chip memory of
-a GPU, and computes them again in the backward pass. Here selective_scan does the second.
+    x -> a x + v,  x -> a' x + v'    are one    x -> a'a x + (a'v + v').           (3)
+
+So T steps are one step too, and blocks of T steps can run side by side: selective_scan.
+
+Why are the states not kept for the gradient? All states (b, d, l, n) are n times as large
+as the input. The paper (section 3.3.2) computes them again in the backward pass, in the
+fast memory of a GPU. GroupScan does the same in the cache of a processor, and its gradient
+is a scan like (1), from the end to the beginning.
 
 Differs from the paper: (1) is the form of the official code. The paper's (4) is zero-order
-hold for B too: (exp(dt A) - 1) / A B instead of dt B. They agree where dt |A| is small.
+hold for B too: (exp(dt A) - 1) / A B instead of dt B. They agree where dt |A| is small. At
+the largest start here, dt |A| = 0.1 * 16 = 1.6, dt B is twice the zero-order hold.
 
 Symbols: b batch, d features, l length; the paper's x, h are our u, x. u, y (b, d, l),
 x (b, d, n), A (d, n), D (d). Inside time comes first: u, dt (b, l, d), B, C (b, l, n).
 """
 
 import math
-from functools import partial
+import numbers
+from functools import partial, reduce
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 
 # ---- the layers ----
@@ -52,9 +58,10 @@ class SelectiveSSM(nn.Module):
     dt_min, dt_max: step sizes start log-uniform in between, for u = 0
     lr: learning rate of dt_proj, A and x_proj, stored in ssm_lr for the optimizer, or None
 
-    As in the official code, A_log and D have the attribute _no_weight_decay, by which
-    example.py spares them, and dt_proj.bias has _no_reinit: do not initialize it again.
+    As in the official code A_log and D do not decay: no_weight_decay names them for the
+    optimizer. dt_proj.bias has its start here: do not initialize it again.
     """
+    no_weight_decay = ("A_log", "D")
 
     def __init__(self, d_model, d_state=16, *, dt_rank="auto", dt_min=1e-3, dt_max=1e-1,
                  lr=None):
@@ -73,28 +80,15 @@ class SelectiveSSM(nn.Module):
         minus_A = torch.arange(1.0, d_state + 1)                # as S4D-Real
         self.A_log = nn.Parameter(minus_A.log().repeat(d_model, 1))
         self.D = nn.Parameter(torch.ones(d_model))
-        self.mark_parameters()
         names = ("dt_proj.weight", "dt_proj.bias", "A_log", "x_proj.weight")
         self.ssm_lr = {} if lr is None else dict.fromkeys(names, lr)
 
-    def mark_parameters(self):
-        for name, parameter in self.named_parameters():
-            if name in ("A_log", "D"):
-                parameter._no_weight_decay = True
-            if name == "dt_proj.bias":
-                parameter._no_reinit = True
-
-    def __setstate__(self, state):      # of a copy: copy.deepcopy drops the marks
-        super().__setstate__(state)
-        self.mark_parameters()
-
     def discretize(self, rate=1.0):
         """A (d, n) float64, and rate. No exp(dt_k A) yet: dt_k depends on the input."""
-        if isinstance(rate, (torch.Tensor, list)) or not 0 < rate < math.inf:
-            raise ValueError(f"{rate=}: pass one positive number; for irregular sampling, "
-                             "call step with a rate of its own for each sample")
-        check(self.D.dtype.itemsize > 2, f"parameters are {self.D.dtype}: use autocast")
-        return -self.A_log.double().exp(), rate
+        check_rate(rate)
+        check_precision(self)
+        A = -self.A_log.double().exp()
+        return A.clamp(min=-1e38), rate                 # finite in single precision, too
 
     def initial_state(self, batch_size):
         """x_{-1} = 0: (b, d, n) float64, so that rounding stays small."""
@@ -103,17 +97,21 @@ class SelectiveSSM(nn.Module):
     def select(self, u, rate):
         """(2): u (.., d) -> dt (.., d), B (.., n), C (.., n). In single precision under
         autocast, too, for a recurrence adds up rounding."""
+        if isinstance(rate, torch.Tensor):
+            rate = rate[..., None].to(u.dtype)                  # the same for all features
         with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):
             low, B, C = self.x_proj(u).split([self.dt_rank, self.n, self.n], -1)
             dt = rate * F.softplus(self.dt_proj(low))
         return dt, B, C
 
     def step(self, u, state, *, rate=1.0, discrete=None):
-        """(1) once: u (b, d), state (b, d, n) -> y (b, d), next state.
+        """(1) once: u (b, d), state (b, d, n), rate a number or (b) -> y (b, d), next state.
         discrete: what discretize(rate) returned, to use it for many steps."""
-        check_input(u, 2, self.d, state, (self.d, self.n))
-        check(discrete is None or rate == 1.0, "rate is in discrete: pass it to discretize")
+        check_input(u, 2, self.d, state, (self.d, self.n), rate)
+        fixed = isinstance(rate, numbers.Real) and rate == 1.0
+        check(discrete is None or fixed, "rate is in discrete: pass it to discretize")
         A, rate = discrete or self.discretize(rate)
+        check(A.shape == state.shape[1:], f"discrete: of {tuple(A.shape)}, another layer's")
         v = u.to(self.D.dtype)
         dt, B, C = self.select(v, rate)
         y, x = one_step(v, dt, B, C, A, state)
@@ -122,11 +120,12 @@ class SelectiveSSM(nn.Module):
     def forward(self, u, state=None, *, rate=1.0, method="scan"):
         """u (b, d, l), state (b, d, n) or None -> y (b, d, l), last state or None.
 
-        rate: factor on every dt_k: 2.0 for about the same signal sampled half as often
+        rate: factor on every dt_k: 2.0 for about the same signal sampled half as often; or
+            (b, l), one for each sample, for a signal that is sampled irregularly
         method: scan, or step, one after the other: the same numbers
         Raises ValueError for a u, state, rate or method that does not fit.
         """
-        check_input(u, 3, self.d, state, (self.d, self.n))
+        check_input(u, 3, self.d, state, (self.d, self.n), rate)
         check(method in ("scan", "step"), f"{method=}: choose scan or step")
         if method == "step":
             return self.recurrence(u, state, rate)
@@ -141,10 +140,13 @@ class SelectiveSSM(nn.Module):
     def recurrence(self, u, state, rate):
         """(1), one step after the other: equal to the parallel form up to rounding."""
         x = self.initial_state(u.shape[0]) if state is None else state
-        discrete = self.discretize(rate)
+        if isinstance(rate, torch.Tensor):
+            options = [{"rate": rate_k} for rate_k in rate.unbind(-1)]
+        else:
+            options = u.shape[-1] * [{"discrete": self.discretize(rate)}]
         outputs = []
-        for u_k in u.unbind(-1):
-            y_k, x = self.step(u_k, x, discrete=discrete)
+        for u_k, how in zip(u.unbind(-1), options, strict=True):
+            y_k, x = self.step(u_k, x, **how)
             outputs.append(y_k)
         return torch.stack(outputs, -1), None if state is None else x
 
@@ -182,10 +184,10 @@ class Mamba(SelectiveSSM):
     def step(self, u, state, *, rate=1.0, discrete=None):
         """The block once: u (b, h), state -> o (b, h), next state."""
         inputs, x = (None, None) if state is None else state
-        check_input(u, 2, self.h, inputs, (self.d, self.d_conv - 1))
+        check_input(u, 2, self.h, inputs, (self.d, self.d_conv - 1), rate)
         v, z = self.in_proj(u.to(self.D.dtype)).chunk(2, -1)    # (b, d) each
         v = torch.cat([inputs.to(v.dtype), v[..., None]], -1)   # (b, d, d_conv)
-        inputs = v[..., 1:].to(self.D.dtype)
+        inputs = v[..., 1:].to(self.D.dtype, copy=True)         # no view of v
         v = F.silu(self.conv1d(v))[..., 0]                      # (b, d)
         y, x = super().step(v, x, rate=rate, discrete=discrete)
         o = self.out_proj(y * F.silu(z))                        # (b, h)
@@ -194,24 +196,24 @@ class Mamba(SelectiveSSM):
     def forward(self, u, state=None, *, rate=1.0, method="scan"):
         """u (b, h, l), state or None -> o (b, h, l), last state or None."""
         inputs, x = self.initial_state(u.shape[0]) if state is None else state
-        check_input(u, 3, self.h, inputs, (self.d, self.d_conv - 1))
+        check_input(u, 3, self.h, inputs, (self.d, self.d_conv - 1), rate)
         if method == "step":
             return self.recurrence(u, state, rate)
         v = u.to(self.D.dtype).mT.contiguous()                  # (b, l, h)
         v, z = self.in_proj(v).chunk(2, -1)                     # (b, l, d) each
         v = torch.cat([inputs.to(v.dtype), v.mT], -1)           # with what is still seen
-        inputs = v[..., u.shape[-1]:].to(self.D.dtype)          # (b, d, d_conv - 1)
+        inputs = v[..., u.shape[-1]:].clone()                   # (b, d, d_conv - 1)
         v = F.silu(self.conv1d(v))                              # (b, d, l)
         y, x = super().forward(v, x, rate=rate, method=method)
         o = self.out_proj(y.mT * F.silu(z))                     # (b, l, h)
         return o.mT.to(u.dtype), None if state is None else (inputs, x)
 
 
-# ---- (1) once, step by step, in blocks, and in groups of blocks ----
+# ---- (1) without D: one step, all steps, and many steps at once ----
 # u, dt (.., l, d), B, C (.., l, n), A (.., d, n), x (.., d, n) -> y (.., l, d), last x
 
 def one_step(u, dt, B, C, A, x):
-    """(1) without D: all as above, but without l."""
+    """(1): all as above, but without l."""
     x = torch.exp(dt[..., None] * A) * x + (dt * u)[..., None] * B[..., None, :]
     y = (C[..., None, :] * x).sum(-1)
     return y, x
@@ -226,68 +228,129 @@ def step_by_step(u, dt, B, C, A, x):
     return torch.stack(outputs, -2), x
 
 
-def scan_blocks(u, dt, B, C, A, x):
-    """The same by linear_scan, with features last, which is faster: A, x (.., n, d)."""
-    dtu, dt_i, B_i, C_i = (in_slices(t, -2) for t in (dt * u, dt, B, C))
-    v_i = [B_k[..., None] * w[..., None, :] for w, B_k in zip(dtu, B_i)]    # (.., J, n, d)
+def selective_scan(u, dt, B, C, A, x, at_once=None, T=16):
+    """The same in groups of J blocks of T steps. One operation takes a step of all J blocks:
+    at_once states, few enough for the cache of a processor, many enough to keep a GPU busy.
+    """
+    at_once = at_once or (2 ** 20 if u.is_cuda else 2 ** 17)
+    l = u.shape[-2]
+    steps = [F.pad(t, (0, 0, 0, -l % T)) for t in (dt * u, dt, B, C)]   # dt = 0 keeps x
+    group = min(T * max(1, at_once // x.numel()), steps[0].shape[-2])   # T J
+    A = A.mT.contiguous()                               # features last, which is faster
+    x = x.mT[..., None, :, :].contiguous()              # before the first block
     outputs = []
-    for x, C_k in zip(linear_scan(dt_i, v_i, A[..., None, :, :], x), C_i):
-        with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):
-            outputs.append((C_k[..., None, :] @ x)[..., 0, :])              # (.., J, d)
-    y = torch.stack(outputs, -2).flatten(-3, -2)
-    return y[..., :u.shape[-2], :], x[..., -1, :, :]
+    with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):
+        for part in zip(*(t.split(group, -2) for t in steps)):
+            y, x = GroupScan.apply(*part, A, x, T)
+            x = x[..., -1:, :, :]                       # after the last block
+            outputs.append(y)
+    return torch.cat(outputs, -2)[..., :l, :], x[..., 0, :, :].mT.clone()
 
 
-def in_slices(t, dim, T=16):
-    """Time, which is dimension dim of t, is k = jT + i: J blocks of T steps, the last one
-    filled up with zeros (dt = 0 keeps x). For each i, a slice with the J times jT + i."""
-    padding = [0, 0] * (-1 - dim) + [0, -t.shape[dim] % T]
-    return F.pad(t, padding).unflatten(dim, (-1, T)).unbind(dim)
+class GroupScan(torch.autograd.Function):
+    """J blocks of T steps, side by side: v = dt u and dt (.., l, d), B, C (.., l, n),
+    A (.., n, d), x (.., 1, n, d) before them -> y (.., l, d), x before, between and after
+    the blocks (.., J + 1, n, d).
 
+    The gradient is written out, for it is a scan too. Let g and a name be the gradient of
+    the loss with respect to it. x_k acts on y_k, and by a_{k+1} = exp(dt_{k+1} A) on
+    x_{k+1}, so that
 
-def linear_scan(dt, v, A, x):
-    """All x_k = exp(dt_k A) x_{k-1} + v_k from x_{-1} = x: dt (.., J, d), v (.., J, n, d)
-    and the x_k are T slices each, which is faster than one large tensor.
+        gx_k = C_k gy_k + a_{k+1} gx_{k+1},                                            (4)
 
-    All J blocks at once, each from 0, for their ends; by these, in the same way, where each
-    block really starts; then all at once again, from there. Why not cumsum(v / P) P, with P
-    the cumulative product of decays? P underflows.
+    from the end to the beginning. It needs all x_k, which together take n times the memory
+    of the input: those between blocks are kept, the others computed once more.
     """
-    decays = [torch.exp(dt_i[..., None, :] * A) for dt_i in dt]
-    J = dt[0].shape[-2]
-    state = x[..., None, :, :]
-    if J > 1:
-        end = v[0]
-        for a_i, v_i in zip(decays[1:], v[1:]):
-            end = torch.addcmul(v_i, a_i, end)                          # (.., J, n, d)
-        dt_j = torch.stack(dt).sum(0)                                   # (.., J, d)
-        ends = linear_scan(in_slices(dt_j, -2, 4), in_slices(end, -3, 4), A, x)
-        ends = torch.stack(list(ends), -3).flatten(-4, -3)
-        state = torch.cat([state, ends[..., :J - 1, :, :]], -3)         # (.., J, n, d)
-    for a_i, v_i in zip(decays, v):
-        state = torch.addcmul(v_i, a_i, state)
-        yield state
+    generate_vmap_rule = True                           # for torch.func
+
+    @staticmethod
+    def forward(v, dt, B, C, A, x, T):
+        v, dt, B, C = (in_slices(t, T) for t in (v, dt, B, C))
+        A = A[..., None, :, :]
+        a = [torch.exp(dt_i * A) for dt_i in dt]                # (.., J, n, d) each
+        Bv = [B_i.mT * v_i for B_i, v_i in zip(B, v)]
+        x = F.pad(x, (0, 0, 0, 0, 0, a[0].shape[-3] - 1))       # nothing enters later
+        x = starts = block_starts(zip(a, Bv), x)
+        y = []
+        for a_i, Bv_i, C_i in zip(a, Bv, C):
+            x = torch.addcmul(Bv_i, a_i, x)                     # (1), in all blocks
+            y.append(C_i @ x)
+        return in_order(y), torch.cat([starts, x[..., -1:, :, :]], -3)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *steps, A, x, T = inputs
+        ctx.save_for_backward(*steps, A, output[1])
+        ctx.T = T
+
+    @staticmethod
+    def backward(ctx, gy, gx):
+        *steps, A, x = ctx.saved_tensors
+        v, dt, B, C, gy = (in_slices(t, ctx.T, last_first=True) for t in (*steps, gy))
+        A = A[..., None, :, :]
+        a = [torch.exp(dt_i * A) for dt_i in dt]
+        x = [x.flip(-3)[..., 1:, :, :]]                         # then after step 0, 1, ...
+        for a_i, B_i, v_i in zip(a, B, v):
+            x.append(torch.addcmul(B_i.mT * v_i, a_i, x[-1]))
+        # (4) for z_k = a_k gx_k is a scan as (1): z_k = a_k z_{k+1} + a_k C_k gy_k
+        back = ((a_i, a_i * (C_i.mT * gy_i)) for a_i, C_i, gy_i in
+                zip(a[::-1], C[::-1], gy[::-1]))
+        gx = gx.flip(-3)
+        z = block_starts(back, gx[..., :-1, :, :])
+        gv, gdt, gB, gC, gA = [], [], [], [], 0
+        for i in reversed(range(ctx.T)):
+            g = torch.addcmul(z, C[i].mT, gy[i])                # gx_k, in all blocks
+            gv.append(B[i] @ g)
+            gB.append(v[i] @ g.mT)
+            gC.append(gy[i] @ x[i + 1].mT)
+            z = a[i] * g
+            gdtA = z * x[i]                                     # for a = exp(dt A)
+            gdt.append((gdtA * A).sum(-2, keepdim=True))
+            gA = gA + gdtA * dt[i]
+        over_time = [in_order(t[::-1], last_first=True) for t in (gv, gdt, gB, gC)]
+        gA = gA.sum(-3).sum_to_size(A.squeeze(-3).shape)
+        return *over_time, gA, (z + gx[..., 1:, :, :])[..., -1:, :, :], None
 
 
-def selective_scan(u, dt, B, C, A, x, largest=2 ** 22):
-    """The same in groups of steps with about `largest` states. The last two or so are kept
-    for the backward pass, which begins there; those before are computed once more. Each
-    group is a block shorter than the one before, so that its tensors fit into what that one
-    has freed: the malloc of glibc looks for a few bytes more than a tensor has.
-    """
-    J = max(1, largest // x.numel() // 16)                              # blocks, on average
-    A, x = A.mT.contiguous(), x.mT
-    outputs, start, l = [], 0, u.shape[-2]
-    while start < l:
-        stop = start + 16 * (J + J // 2 - len(outputs) % J)
-        part = [t[..., start:stop, :] for t in (u, dt, B, C)]
-        if l - stop > 2 * 16 * J and torch.is_grad_enabled():
-            y, x = checkpoint(scan_blocks, *part, A, x, use_reentrant=False)
-        else:
-            y, x = scan_blocks(*part, A, x)
-        outputs.append(y)
-        start = stop
-    return torch.cat(outputs, -2), x.mT
+def in_slices(t, T, last_first=False):
+    """Time is k = jT + i: (.., l, m) -> for each i a slice (.., J, 1, m) of all j."""
+    t = t.unflatten(-2, (-1, T)).movedim(-2, 0)                 # (T, .., J, m)
+    t = t.flip(-2) if last_first else t
+    return t.unsqueeze(-2).contiguous().unbind(0)
+
+
+def in_order(slices, last_first=False):
+    """The reverse of in_slices."""
+    t = torch.stack(slices, -2).squeeze(-3)                     # (.., J, T, m)
+    t = t.flip(-3) if last_first else t
+    return t.flatten(-3, -2)
+
+
+def combine(first, second):
+    """(3): two steps in a row as one step. A step is the pair (a, v) of x -> a x + v."""
+    a, v = first
+    a_next, v_next = second
+    return a_next * a, torch.addcmul(v_next, a_next, v)
+
+
+def block_starts(steps, x):
+    """What x is before each of J blocks. steps: T pairs (a, v), each (.., J, n, d); x: what
+    enters from outside before each block, likewise."""
+    if x.shape[-3] == 1:
+        return x
+    a, v = reduce(combine, steps)                               # a block as one step
+    a = shift(a, 1)
+    v = shift(v, 1) + x                                         # from the block before
+    m = 1
+    while m < x.shape[-3]:                              # v: what the last m blocks bring
+        a, v = combine((shift(a, m), shift(v, m)), (a, v))
+        m = 2 * m
+    return v
+
+
+def shift(t, m):
+    """Later by m blocks: t (.., J, n, d), with zeros before."""
+    return F.pad(t, (0, 0, 0, 0, m, -m))
 
 
 def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None,
@@ -341,21 +404,45 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None,
 selective_scan_seq = partial(selective_scan_fn, scan=step_by_step)      # slow, the same
 
 
-def check_input(u, dims, features, state, shape):
-    """dims 2: u (b, features) and a state (b, *shape);
-    dims 3: u (b, features, l), and a state or None."""
+def check_input(u, dims, features, state, shape, rate):
+    """dims 2: u (b, features), a state (b, *shape), rate a number or (b);
+    dims 3: u (b, features, l), a state or None, rate a number or (b, l)."""
     wanted = f"(b, {features})" if dims == 2 else f"(b, {features}, l)"
-    fits = u.dim() == dims and u.shape[1] == features and u.numel() > 0
-    check(fits and u.is_floating_point(),
-          f"u is {u.dtype} {tuple(u.shape)}: pass floats {wanted}")
+    check(isinstance(u, torch.Tensor), f"u is a {type(u).__name__}: pass a tensor {wanted}")
+    fits = u.dim() == dims and u.shape[1] == features and u.is_floating_point()
+    check(fits, f"u is {u.dtype} {tuple(u.shape)}: pass floats {wanted}")
+    check(u.numel() > 0, f"u is empty, {tuple(u.shape)}: pass {wanted} with b, l > 0")
     if dims == 2 or state is not None:
-        fits = state is not None and state.shape == (u.shape[0], *shape)
-        check(fits and state.is_floating_point(),
-              "state: pass one of the shape and type of initial_state()")
+        wanted = (u.shape[0], *shape)
+        tensor = isinstance(state, torch.Tensor)
+        found = (state.dtype, *state.shape, state.device) if tensor else type(state)
+        fits = tensor and state.shape == wanted and state.is_floating_point()
+        check(fits and state.device == u.device,
+              f"state: {found}, pass floats {wanted} on {u.device}, as initial_state makes")
+    if isinstance(rate, torch.Tensor):
+        wanted = (u.shape[0], *u.shape[2:])
+        check(rate.shape == wanted, f"rate is {tuple(rate.shape)}: pass a number, or {wanted}")
+
+
+def check_rate(rate):
+    """A positive number, or a tensor of them."""
+    if isinstance(rate, torch.Tensor):
+        compiled = torch.compiler.is_compiling()        # a graph cannot look at numbers
+        check(compiled or bool((rate > 0).all() and rate.isfinite().all()),
+              "rate is not finite or not positive: pass positive numbers")
+    elif not isinstance(rate, numbers.Real) or not 0 < rate < math.inf:
+        raise ValueError(f"{rate=}: pass a positive number, or a tensor of them")
+
+
+def check_precision(layer):
+    """All parameters in single or double precision."""
+    for p in layer.parameters():
+        check(p.dtype not in (torch.float16, torch.bfloat16),
+              f"parameters are {p.dtype}: use autocast")
 
 
 def check(ok, message):
-    """Raise a ValueError unless ok. Not for rate or l: torch.compile can't print them."""
+    """Raise a ValueError unless ok."""
     if not ok:
         raise ValueError(message)
 

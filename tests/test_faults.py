@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from layers import (CASES, DOUBLE, error, in_steps, leaves, like, random_state, signal)
+from test_compile import set_block
 
 STATEFUL = [case for case in CASES if case.has_state]
 LAYERS = ["lssl", "s4", "s4-diag-inv", "dss", "s4d", "gss", "s5", "lru", "selective",
@@ -355,8 +356,7 @@ def test_hooks_of_linear_maps(case):
 @each([case for case in SMALL if case.name != "selective"])     # mamba contains it
 def test_export_with_any_batch(case, monkeypatch):
     if case.name == "mamba":                            # blocks of 2 steps: a small graph
-        function = importlib.import_module("selective_scan").in_slices
-        monkeypatch.setattr(function, "__defaults__", (2,))
+        set_block(monkeypatch, "mamba", 2)
     layer, u = case.build(), signal(3, case.h, 3)
     shapes = ({0: torch.export.Dim("batch", min=2, max=100)},)
     program = torch.export.export(layer, (u,), dynamic_shapes=shapes)
