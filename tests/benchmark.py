@@ -550,7 +550,8 @@ def main(argv=None):
     found = [row[-1] for row in table.rows]
     print(f"{found.count('ok')} requirements hold, {found.count('no')} do not; {time.time() - start:.0f} s")
     if args.markdown:
-        page = MARKDOWN.read_text().split(HEADING)[0]        # the section is the last one
+        page = MARKDOWN.read_text() if MARKDOWN.exists() else ""
+        page = page.split(HEADING)[0]                        # the section is the last one
         MARKDOWN.write_text(f"{page}{table.markdown()}\n{operators()}")
         print("wrote", MARKDOWN)
     if args.plot:

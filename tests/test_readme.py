@@ -8,7 +8,8 @@ import re
 import pytest
 import torch
 
-from layers import CASES, ROOT, error, signal
+from layers import CASES, ROOT, error, signal           # before benchmark: sets sys.path
+import benchmark
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
@@ -84,6 +85,12 @@ def test_commands_have_the_options_that_the_programs_know(page):
             source = (ROOT / file).read_text()
             for option in set(re.findall(r"--[a-z-]+", options)) - {"--help"}:
                 assert f'"{option}"' in source, (file, option)
+
+
+def test_the_benchmark_writes_the_last_section_of_measured():
+    rest = TEXTS["docs/measured.md"].split(benchmark.HEADING)
+    assert len(rest) == 2 and rest[1].startswith("\ntests/benchmark.py on ")
+    assert benchmark.MARKDOWN == ROOT / "docs" / "measured.md"
 
 
 @pytest.mark.parametrize("page", PAGES)
