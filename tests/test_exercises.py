@@ -467,7 +467,7 @@ def test_selective_scan_3_dt_after_training():
 
 def test_selective_scan_4_without_the_backward_pass():
     """Each step of the loop keeps its factor exp(dt A) and its state, (b, d, n) each; the
-    written gradient keeps the inputs of a group and the state at its start."""
+    written gradient keeps the inputs, (b, d) and (b, n) a step, and one state of 16."""
     written, = [cls for cls in vars(selective_scan).values()
                 if isinstance(cls, type) and issubclass(cls, torch.autograd.Function)]
     torch.manual_seed(0)
@@ -546,6 +546,18 @@ def main(names):
                 except AssertionError:
                     print("    not as docs/course.md says")
                 print(f"    {time.process_time() - start:.1f} s")
+
+
+def test_each_exercise_of_the_page_has_four_lines_and_a_solution():
+    page = (layers.ROOT / "docs" / "course.md").read_text()
+    parts = re.split(r"^\*\*(\w+ \d), .*\*\*$", page, flags=re.M)[1:]
+    names = [name.replace(" ", "_").replace("selective", "selective_scan")
+             for name in parts[::2]]
+    for name, text in zip(names, parts[1::2]):
+        lines = re.findall(r"^- (Do|With|You should see|Why)[:,]", text, re.M)
+        assert lines == ["Do", "With", "You should see", "Why"], name
+    solved = [re.match(r"test_(\w+_\d)_", name) for name in globals()]
+    assert names == [match[1] for match in solved if match]
 
 
 def test_main_says_when_no_exercise_has_the_name():
