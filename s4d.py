@@ -7,8 +7,8 @@ Each of the h features u(t) drives a linear system of its own, with n states:
 
     x'(t) = A x(t) + B u(t),    y(t) = C x(t) + D u(t).                            (1)
 
-If u is u_k on the step of length dt that ends at sample k (zero-order hold; textbooks hold
-u_k on the step after sample k, so that their x_k is without it), this is a recurrence,
+Hold u at u_k on the step of length dt that ends at sample k (zero-order hold), so that x_k
+contains u_k. (Textbooks hold u_k on the step that starts at k.) Then this is a recurrence,
 
     x_k = A_bar x_{k-1} + B_bar u_k,    y_k = C x_k + D u_k,                       (2)
     A_bar = exp(dt A),    B_bar = A^{-1} (A_bar - 1) B,
@@ -20,9 +20,10 @@ and unrolled, from x_{-1} = 0, a convolution with a kernel:
 Train with (3): the whole sequence at once, by FFT. Generate with (2): one sample at a
 time. They are one function, so a state can also enter and leave a convolution.
 
-What was wrong before. S4's HiPPO matrix is dense, and its kernel needs much algebra. S4D
-shows (section 5) that n well-chosen numbers on the diagonal do as well: then A is a vector,
-and (3) multiplies powers of A_bar, a Vandermonde matrix, by C B_bar.
+What was wrong before. S4's HiPPO matrix is dense, and its kernel needs much algebra. DSS
+found that the diagonal of its normal part does as well, with a softmax over time or without
+(dss.py). S4D explained why, and showed that simple formulas for the diagonal do, too. Then
+A is a vector, and (3) multiplies powers of A_bar, a Vandermonde matrix, by C B_bar.
 
 Why complex, and why 2 Re? Eigenvalues of a real system come in conjugate pairs, as do B
 and C, and the second of a pair adds the conjugate of what the first adds. So n/2 are
@@ -35,6 +36,7 @@ u, y (b, h, l); x (b, h, n/2) and A, A_bar, B_bar, C (h, n/2) complex; dt, D (h)
 """
 
 import math
+import numbers
 
 import torch
 from torch import nn
@@ -47,11 +49,13 @@ class S4D(nn.Module):
     """(b, h, l) -> (b, h, l), with D, without activation and without mixing of features.
 
     d_model, d_state: h, and n (even), stored as n/2 complex numbers for each feature
-    measure: where A starts: diag-lin, diag-inv, diag-quad, diag-real or diag-legs
+    measure: where A starts: diag-lin, diag-inv, diag-quad, diag-real or diag-legs. The
+        paper's default is diag-lin; diag-inv has the higher frequencies, see initial_A
     disc: zoh (zero-order hold, as above) or bilinear (trapezoid rule for A x, u_k held)
     real_random, imag_random: draw the real or the imaginary parts of A, see initial_A
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
-    lr: learning rate of dt and A, stored in ssm_lr for the optimizer
+    lr: learning rate of dt and A, which is for you to pass to the optimizer: ssm_lr has it
+        for each name, and param_groups in example.py reads that
     """
 
     def __init__(self, d_model, d_state=64, *, measure="diag-lin", disc="zoh",
@@ -73,13 +77,10 @@ class S4D(nn.Module):
     def discretize(self, rate=1.0):
         """(2) at step size rate * dt: A_bar, B_bar, C, (h, n/2) complex128,
         because an error of A_bar grows k-fold in A_bar^k."""
-        if isinstance(rate, (torch.Tensor, list)) or not 0 < rate < math.inf:
-            raise ValueError(f"{rate=}: pass one positive number; for irregular sampling, "
-                             "call step with a rate of its own for each sample")
-        check(self.D.dtype.itemsize > 2, f"parameters are {self.D.dtype}: use autocast")
+        check_rate(rate, self)
         dt = rate * self.log_dt.double().exp()[:, None]         # (h, 1)
         A = torch.complex(-self.log_A_real.double().exp(), self.A_imag.double())
-        C = torch.view_as_complex(self.C.double())
+        C = torch.complex(*self.C.double().unbind(-1))
         if self.disc == "bilinear":
             return (1 + dt * A / 2) / (1 - dt * A / 2), dt / (1 - dt * A / 2), C
         return torch.exp(dt * A), torch.expm1(dt * A) / A, C    # expm1(z) is exp(z) - 1
@@ -91,9 +92,10 @@ class S4D(nn.Module):
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once: u (b, h), state (b, h, n/2) -> y (b, h), next state.
         discrete: what discretize(rate) returned, to use it for many steps."""
-        self.check_input(u, 2, state)
+        check_input(u, 2, self.h, state, (self.h, self.n // 2))
         check(discrete is None or rate == 1.0, "rate is in discrete: pass it to discretize")
         A_bar, B_bar, C = discrete or self.discretize(rate)
+        check(A_bar.shape == state.shape[1:], "discrete: it was made by another layer")
         x = A_bar * state + B_bar * u[..., None]                # (b, h, n/2)
         y = 2 * (C * x).sum(-1).real + self.D * u               # (b, h)
         return y.to(u.dtype), x
@@ -112,20 +114,18 @@ class S4D(nn.Module):
         method: conv, (3), whose rounding errors are in proportion to max |u|, or step, (2)
         Raises ValueError for a u, state, rate or method that does not fit.
         """
-        self.check_input(u, 3, state)
+        check_input(u, 3, self.h, state, (self.h, self.n // 2))
         check(method in ("conv", "step"), f"{method=}: choose conv or step")
         if method == "step":
             return self.recurrence(u, state, rate)
-        A_bar, B_bar, C = self.discretize(rate)
         l = u.shape[-1]
         v = u.to(self.D.dtype)
-        A_k = powers(A_bar, l, v.dtype)                         # A_bar^k, as two factors
-        K = vandermonde(2 * C * B_bar, A_k, l)                  # (h, l), as in kernel()
-        D = F.pad(self.D[:, None], (0, l - 1))                  # a kernel too: D at lag 0
-        y = fft_conv(v, K + D)                                  # (b, h, l)
+        y = fft_conv(v, self.kernel(l, rate)) + self.D[:, None] * v         # (3)
         if state is None:
             return y.to(u.dtype), None
         # a state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the last state
+        A_bar, B_bar, C = self.discretize(rate)
+        A_k = powers(A_bar, l, v.dtype)
         y = y + vandermonde(2 * C * A_bar * state, A_k, l)
         last = A_bar ** l * state + last_state(v, B_bar, A_k)
         return y.to(u.dtype), last
@@ -140,32 +140,21 @@ class S4D(nn.Module):
             outputs.append(y_k)
         return torch.stack(outputs, -1), None if state is None else x
 
-    def check_input(self, u, dims, state):
-        """dims 2: u (b, h) and a state; dims 3: u (b, h, l), and a state or None."""
-        shape = f"(b, {self.h})" if dims == 2 else f"(b, {self.h}, l)"
-        fits = u.dim() == dims and u.shape[1] == self.h and u.numel() > 0
-        check(fits and u.is_floating_point(),
-              f"u is {u.dtype} {tuple(u.shape)}: pass floats {shape}")
-        if dims == 2 or state is not None:
-            fits = state is not None and state.shape == (u.shape[0], self.h, self.n // 2)
-            check(fits and state.is_complex(),
-                  "state: pass one of the shape and type of initial_state()")
-
 
 # ---- sums with all powers of A_bar; here n counts the stored numbers ----
 
 def powers(A_bar, l, dtype):
     """A_bar^k, k < l, as two factors: A_bar^{jT} (h, J, n), A_bar^i (h, T, n), k = jT + i.
 
-    Like the tens and the ones of a number: with T = sqrt(l), about 2 sqrt(l) powers take
-    the place of l, and sums over n are matrix products, without an (h, n, l) array.
+    Like the high and the low digit of a number: with T = sqrt(l), about 2 sqrt(l) powers
+    take the place of l, and sums over n are matrix products, without an (h, n, l) array.
     """
     T = int(l ** 0.5)
     J = (l + T - 1) // T                                        # l / T, rounded up
-    ones = first_powers(A_bar, T)
-    tens = first_powers(ones[:, -1] * A_bar, J)                 # powers of A_bar^T
+    low = first_powers(A_bar, T)
+    high = first_powers(low[:, -1] * A_bar, J)                  # powers of A_bar^T
     dtype = torch.promote_types(dtype, torch.complex64)         # its complex type
-    return tens.to(dtype), ones.to(dtype)
+    return high.to(dtype), low.to(dtype)
 
 
 def first_powers(a, count):
@@ -180,19 +169,18 @@ def first_powers(a, count):
 
 def vandermonde(v, A_k, l):
     """Re sum_n v_n A_bar_n^k for k < l: v (.., h, n), A_k from powers() -> (.., h, l)."""
-    tens, ones = A_k                                            # (h, J, n), (h, T, n)
-    v = v.to(tens.dtype)[..., None, :] * tens                   # (.., h, J, n)
-    K = torch.einsum("...hjn,hin->...hji", v, ones).real        # at time jT + i
+    high, low = A_k                                             # (h, J, n), (h, T, n)
+    v = v.to(high.dtype)[..., None, :] * high                   # (.., h, J, n)
+    K = torch.einsum("...hjn,hin->...hji", v, low).real         # at time jT + i
     return K.flatten(-2)[..., :l]
 
 
 def last_state(u, B_bar, A_k):
-    """sum_k A_bar^{l-1-k} B_bar u_k, the state that u (b, h, l) leaves: (b, h, n)."""
-    tens, ones = A_k
-    J, T = tens.shape[1], ones.shape[1]
-    u = F.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))        # zeros in front
-    x = torch.einsum("bhji,hin->bhjn", u.to(ones.dtype), ones.flip(1))  # last i: power 0
-    return torch.einsum("bhjn,hjn->bhn", x, tens.flip(1)) * B_bar       # last j: power 0
+    """sum_k A_bar^k B_bar u_{l-1-k}, the state that u (b, h, l) leaves: (b, h, n)."""
+    high, low = A_k
+    J, T = high.shape[1], low.shape[1]
+    u = F.pad(u.flip(-1), (0, J * T - u.shape[-1])).unflatten(-1, (J, T))
+    return torch.einsum("bhji,hin,hjn->bhn", u.to(low.dtype), low, high) * B_bar
 
 
 def fft_conv(u, K):
@@ -238,8 +226,33 @@ def initial_A(measure, h, n, real_random=False, imag_random=False):
     raise ValueError(f"{measure=}: choose diag-lin, -inv, -quad, -real or -legs")
 
 
+def check_input(u, dims, h, state, shape):
+    """dims 2: u (b, h), a state (b, *shape); dims 3: u (b, h, l), a state or None."""
+    wanted = f"(b, {h})" if dims == 2 else f"(b, {h}, l)"
+    check(isinstance(u, torch.Tensor), f"u is a {type(u).__name__}: pass a tensor {wanted}")
+    fits = u.dim() == dims and u.shape[1] == h and u.is_floating_point()
+    check(fits, f"u is {u.dtype} {tuple(u.shape)}: pass floats {wanted}")
+    check(u.numel() > 0, f"u is empty, {tuple(u.shape)}: pass {wanted} with b, l > 0")
+    if dims == 2 or state is not None:
+        wanted = (u.shape[0], *shape)
+        is_tensor = isinstance(state, torch.Tensor)
+        found = (state.dtype, *state.shape) if is_tensor else type(state).__name__
+        check(is_tensor and state.shape == wanted and state.is_complex(),
+              f"state: {found}, pass complex {wanted} like initial_state()")
+
+
+def check_rate(rate, layer):
+    """A rate for all steps, and parameters precise enough to be discretized."""
+    if not isinstance(rate, numbers.Real) or not 0 < rate < math.inf:
+        raise ValueError(f"{rate=}: pass one positive number; for irregular sampling take "
+                         "s5.py or lru.py, or a rate of its own for each call of step")
+    for p in layer.parameters():
+        check(p.dtype not in (torch.float16, torch.bfloat16),
+              f"parameters are {p.dtype}: use autocast")
+
+
 def check(ok, message):
-    """Raise a ValueError unless ok. Not for rate or l: torch.compile can't print them."""
+    """Raise a ValueError unless ok."""
     if not ok:
         raise ValueError(message)
 

@@ -85,8 +85,7 @@ class SelectiveSSM(nn.Module):
 
     def discretize(self, rate=1.0):
         """A (d, n) float64, and rate. No exp(dt_k A) yet: dt_k depends on the input."""
-        check_rate(rate)
-        check_precision(self)
+        check_rate(rate, self)
         A = -self.A_log.double().exp()
         return A.clamp(min=-1e38), rate                 # finite in single precision, too
 
@@ -105,13 +104,13 @@ class SelectiveSSM(nn.Module):
         return dt, B, C
 
     def step(self, u, state, *, rate=1.0, discrete=None):
-        """(1) once: u (b, d), state (b, d, n), rate a number or (b) -> y (b, d), next state.
+        """(1) once: u (b, d), state (b, d, n), rate one or (b) -> y (b, d), next state.
         discrete: what discretize(rate) returned, to use it for many steps."""
         check_input(u, 2, self.d, state, (self.d, self.n), rate)
         fixed = isinstance(rate, numbers.Real) and rate == 1.0
         check(discrete is None or fixed, "rate is in discrete: pass it to discretize")
         A, rate = discrete or self.discretize(rate)
-        check(A.shape == state.shape[1:], f"discrete: of {tuple(A.shape)}, another layer's")
+        check(A.shape == state.shape[1:], "discrete: it was made by another layer")
         v = u.to(self.D.dtype)
         dt, B, C = self.select(v, rate)
         y, x = one_step(v, dt, B, C, A, state)
@@ -229,9 +228,8 @@ def step_by_step(u, dt, B, C, A, x):
 
 
 def selective_scan(u, dt, B, C, A, x, at_once=None, T=16):
-    """The same in groups of J blocks of T steps. One operation takes a step of all J blocks:
-    at_once states, few enough for the cache of a processor, many enough to keep a GPU busy.
-    """
+    """The same in groups of J blocks of T steps. One operation takes a step of all J: that
+    is at_once states, which fit the cache of a processor, or keep a GPU busy."""
     at_once = at_once or (2 ** 20 if u.is_cuda else 2 ** 17)
     l = u.shape[-2]
     steps = [F.pad(t, (0, 0, 0, -l % T)) for t in (dt * u, dt, B, C)]   # dt = 0 keeps x
@@ -414,28 +412,23 @@ def check_input(u, dims, features, state, shape, rate):
     check(u.numel() > 0, f"u is empty, {tuple(u.shape)}: pass {wanted} with b, l > 0")
     if dims == 2 or state is not None:
         wanted = (u.shape[0], *shape)
-        tensor = isinstance(state, torch.Tensor)
-        found = (state.dtype, *state.shape, state.device) if tensor else type(state)
-        fits = tensor and state.shape == wanted and state.is_floating_point()
-        check(fits and state.device == u.device,
-              f"state: {found}, pass floats {wanted} on {u.device}, as initial_state makes")
+        is_tensor = isinstance(state, torch.Tensor)
+        found = (state.dtype, *state.shape) if is_tensor else type(state).__name__
+        check(is_tensor and state.shape == wanted and state.is_floating_point(),
+              f"state: {found}, pass floats {wanted} like initial_state()")
     if isinstance(rate, torch.Tensor):
         wanted = (u.shape[0], *u.shape[2:])
-        check(rate.shape == wanted, f"rate is {tuple(rate.shape)}: pass a number, or {wanted}")
+        check(rate.shape == wanted, f"rate is {tuple(rate.shape)}: pass one or {wanted}")
 
 
-def check_rate(rate):
-    """A positive number, or a tensor of them."""
+def check_rate(rate, layer):
+    """Positive, one or a tensor, and parameters precise enough to be discretized."""
     if isinstance(rate, torch.Tensor):
-        compiled = torch.compiler.is_compiling()        # a graph cannot look at numbers
-        check(compiled or bool((rate > 0).all() and rate.isfinite().all()),
-              "rate is not finite or not positive: pass positive numbers")
+        if not torch.compiler.is_compiling():           # a graph cannot look at numbers
+            check((rate > 0).all() and rate.isfinite().all(),
+                  "rate is not positive or not finite somewhere: pass positive numbers")
     elif not isinstance(rate, numbers.Real) or not 0 < rate < math.inf:
-        raise ValueError(f"{rate=}: pass a positive number, or a tensor of them")
-
-
-def check_precision(layer):
-    """All parameters in single or double precision."""
+        raise ValueError(f"{rate=}: pass one positive number or a tensor of them")
     for p in layer.parameters():
         check(p.dtype not in (torch.float16, torch.bfloat16),
               f"parameters are {p.dtype}: use autocast")
