@@ -1,9 +1,13 @@
 """Draw the pictures of README.md, and look inside a network that example.py has trained.
 
     python figures/draw.py                           one picture for each model file
-    python figures/draw.py --only s4d --out /tmp     one of them, into another folder
-    python figures/draw.py --run runs/s4d            a network before and after training
+    python figures/draw.py --only s4d --out figures  one of them, as README shows it
+    python figures/draw.py --run runs/s4d            a run: its curves, and the network
+                                                     before and after training
     python figures/draw.py --curves runs             the accuracies of all runs in a folder
+
+The pictures are written to runs/figures, which git does not track: their bytes differ from
+one machine to another.
 """
 
 import argparse
@@ -352,7 +356,7 @@ def test_images(args, data_dir, n):
     flags = vars(args) | {"limit": n, "device": "cpu", "data_dir": data_dir}
     if not folder.is_dir():
         flags["data"] = "builtin"
-    return example.load_data(Namespace(**flags))[3].float()
+    return example.load_data(Namespace(**flags))[2].float()
 
 
 def memory(net, images):
@@ -473,7 +477,31 @@ def draw_selected(figure, nets, images):
         ax.set_ylabel(label)
 
 
-# ---- the training curves of several runs ----
+# ---- the training curves of one run, and of several ----
+
+def read_metrics(path):
+    """The columns of a metrics.csv: a dict of lists of numbers."""
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+
+
+def draw_training(folder):
+    """Loss and accuracy of one run, in training and in validation, against the epoch."""
+    table = read_metrics(folder / "metrics.csv")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for part, label in (("train", "training"), ("val", "validation")):
+        loss.semilogy(table["epoch"], table[f"{part}_loss"], ".-", label=label)
+        percent = [100 * share for share in table[f"{part}_accuracy"]]
+        accuracy.plot(table["epoch"], percent, ".-", label=label)
+    loss.set(title="Loss", xlabel="epoch", ylabel="cross entropy (nats)")
+    accuracy.set(title="Accuracy", xlabel="epoch", ylabel="accuracy (%)")
+    for ax in (loss, accuracy):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend()
+    return figure
+
 
 def draw_curves(folder):
     """The validation accuracy of every run in a folder, each curve with its name."""
@@ -483,12 +511,10 @@ def draw_curves(folder):
     for i, name in enumerate(example.MODELS):
         path = folder / name / "metrics.csv"
         if path.exists():
-            with open(path) as file:
-                rows = list(csv.DictReader(file))
-            epochs = [int(row["epoch"]) for row in rows]
-            accuracy = [100 * float(row["val_accuracy"]) for row in rows]
-            ax.plot(epochs, accuracy, ".-", color=f"C{i}")
-            ends[name] = (epochs[-1], accuracy[-1], f"C{i}")
+            table = read_metrics(path)
+            accuracy = [100 * share for share in table["val_accuracy"]]
+            ax.plot(table["epoch"], accuracy, ".-", color=f"C{i}")
+            ends[name] = (table["epoch"][-1], accuracy[-1], f"C{i}")
     example.check(ends, f"no <model>/metrics.csv in {folder}: pass a folder of runs")
     ax.set(title="Validation accuracy in training", xlabel="epoch", ylabel="accuracy (%)")
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -507,7 +533,7 @@ def draw_curves(folder):
 def save(figure, folder, name):
     """Write a figure as folder/name.png, about 900 pixels wide."""
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=90)
+    figure.savefig(folder / f"{name}.png", dpi=90, metadata={"Software": None})
     print("wrote", folder / f"{name}.png")
 
 
@@ -520,7 +546,8 @@ def main(argv):
     what.add_argument("--curves", type=Path, metavar="FOLDER", help="of several runs")
     parser.add_argument("--data-dir", type=Path, default=Path("data"),
                         help="of CIFAR-10, for the images of --run (%(default)s)")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/figures"),
+                        help="folder (%(default)s)")
     args = parser.parse_args(argv)
     if args.out.is_file():
         parser.error(f"--out {args.out} is a file, pass a folder")
@@ -529,6 +556,7 @@ def main(argv):
             if args.run:
                 figure, model = draw_run(args.run, args.data_dir)
                 save(figure, args.out, f"run_{model}")
+                save(draw_training(args.run), args.out, f"curves_{model}")
             elif args.curves:
                 save(draw_curves(args.curves), args.out, "cifar")
             else:

@@ -2,7 +2,6 @@
 
 import functools
 import sys
-from argparse import Namespace
 
 import pytest
 import torch
@@ -22,8 +21,7 @@ TINY = ["--d-model", "8", "--d-state", "4", "--n-layers", "1", "--data", "builti
 
 def network(model, **flags):
     small = {"d_model": 8, "d_state": 4, "n_layers": 2}
-    return example.build_network(Namespace(**example.DEFAULTS | small | flags | {
-        "model": model, "activation": "none" if model == "mamba" else "glu"})).eval()
+    return example.build_network(example.parse([], model, small | flags)).eval()
 
 
 @pytest.mark.parametrize("model", ["s4", "lru", "mamba"])
@@ -81,7 +79,7 @@ def test_run_and_curves(model, tmp_path):
     example.main([*TINY, "--model", model, "--out", str(runs)])
     draw.main(["--run", str(runs / model), "--out", str(tmp_path)])
     draw.main(["--curves", str(runs), "--out", str(tmp_path)])
-    for name in (f"run_{model}", "cifar"):
+    for name in (f"run_{model}", f"curves_{model}", "cifar"):
         picture = (tmp_path / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG") and 10_000 < len(picture) < 200_000
 
@@ -97,6 +95,26 @@ def test_curves_name_every_run(tmp_path):
     assert set(names) == {"s4d 50.0", "lru 50.0"}
     assert names["s4d 50.0"] - names["lru 50.0"] > 1            # they do not overlap
     assert [list(line.get_ydata()) for line in ax.lines] == [[20, 50], [30, 49.99]]
+
+
+def test_the_training_of_a_run(tmp_path):
+    (tmp_path / "metrics.csv").write_text(
+        "epoch,train_loss,train_accuracy,seconds,val_loss,val_accuracy\n"
+        "1,2.3,0.1,9,2.2,0.2\n2,1.1,0.5,9,1.2,0.4\n")
+    loss, accuracy = draw.draw_training(tmp_path).axes
+    assert [list(line.get_ydata()) for line in loss.lines] == [[2.3, 1.1], [2.2, 1.2]]
+    assert [list(line.get_ydata()) for line in accuracy.lines] == [[10, 50], [20, 40]]
+    assert [list(line.get_xdata()) for line in loss.lines] == 2 * [[1, 2]]
+
+
+def test_pictures_that_git_tracks_are_not_overwritten(tmp_path, monkeypatch):
+    """Unless --out figures is given; and a picture has the same bytes every time."""
+    monkeypatch.chdir(tmp_path)
+    draw.main(["--only", "dss"])
+    draw.main(["--only", "dss", "--out", "again"])
+    first, again = (tmp_path / out / "dss.png" for out in ("runs/figures", "again"))
+    assert first.read_bytes() == again.read_bytes()
+    assert "runs/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
 @pytest.mark.parametrize("flag", ["--run", "--curves"])
