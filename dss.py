@@ -26,9 +26,13 @@ C = W / (e^{l_max z} - 1), about -W where e^{l_max z} has died out; for its pole
 e^{l_max z} = 1, see softmax_weights.
 Version exp has no normalizer: C = W, and Re Lambda = -exp(.) < 0. S4D continues from there.
 
+What does the softmax buy once Re Lambda < 0? A scale: however slowly an exponential decays,
+it sums to 1 over l_max steps. C can learn that, and version exp does without it.
+
 Differs from the paper: there the sum has the length of each sequence, here l_max. So C is
-the same at all lengths and rates, and a state can be handed on. The official code has no
-state, no rate, and two step sizes, for Re z and for Im z.
+the same at all lengths and rates: a shorter sequence sees the beginning of the kernel, a
+longer one how it goes on, and a state can be handed on. The official code has no state, no
+rate, and two step sizes, for Re z and for Im z.
 
 What if Re Lambda > 0? Then e^{kz} grows, and C has e^{-l_max z}. Re Lambda is capped where
 growth in l_max steps at rate 1 is e^40, so that float32 holds both up to twice l_max.
@@ -41,6 +45,7 @@ x (b, h, n), Lambda (n), W, C, A_bar = e^z, B_bar (h, n) complex; dt, D (h); K (
 """
 
 import math
+import numbers
 
 import torch
 from torch import nn
@@ -54,9 +59,10 @@ class DSS(nn.Module):
 
     d_model, d_state: h, and n, of which all are stored (S4D stores half of its n)
     version: softmax, as in (4), or exp, without normalization
-    l_max: softmax normalizes over this many steps, at rate 1; u may be shorter or longer
+    l_max: softmax normalizes over this many steps, at rate 1, say of the longest sequence
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of Lambda
-    lr: learning rate of dt and Lambda, stored in ssm_lr for the optimizer
+    lr: learning rate of dt and Lambda, which is for you to pass to the optimizer: ssm_lr has
+        it for each name, and param_groups in example.py reads that
     """
 
     def __init__(self, d_model, d_state=64, *, version="softmax", l_max=1024, dt_min=1e-3,
@@ -64,7 +70,7 @@ class DSS(nn.Module):
         super().__init__()
         check(d_model > 0 and lr >= 0, f"{d_model=}, {lr=}: pass d_model > 0 and lr >= 0")
         check(d_state > 0, f"{d_state=}: pass a positive number")
-        check(l_max > 0, f"{l_max=}: pass a positive number of steps")
+        check(0 < l_max < math.inf, f"{l_max=}: pass a positive number of steps")
         check(version in ("softmax", "exp"), f"{version=}: choose softmax or exp")
         check(0 < dt_min <= dt_max < math.inf, f"{dt_min=}, {dt_max=}: pass 0 < min <= max")
         self.h, self.n, self.version, self.l_max = d_model, d_state, version, l_max
@@ -80,12 +86,9 @@ class DSS(nn.Module):
     def discretize(self, rate=1.0):
         """(2) at step size rate * dt: A_bar, B_bar, C, (h, n) complex128,
         because an error of A_bar grows k-fold in A_bar^k."""
-        if isinstance(rate, (torch.Tensor, list)) or not 0 < rate < math.inf:
-            raise ValueError(f"{rate=}: pass one positive number; for irregular sampling, "
-                             "call step with a rate of its own for each sample")
-        check(self.D.dtype.itemsize > 2, f"parameters are {self.D.dtype}: use autocast")
+        check_rate(rate, self)
         dt = self.log_dt.double().exp()[:, None]                # (h, 1)
-        C = torch.view_as_complex(self.W.double())              # (h, n)
+        C = torch.complex(*self.W.double().unbind(-1))          # (h, n)
         real = self.Lambda_re.double()
         imag = self.Lambda_im.double()
         if self.version == "exp":
@@ -95,8 +98,8 @@ class DSS(nn.Module):
             Lambda = torch.complex(real, imag.expand_as(real))
             C = softmax_weights(C, Lambda, dt * Lambda, self.l_max)
         z = rate * dt * Lambda
-        limit = rate * dt * (1 + z / 2)                         # B_bar near Lambda = 0
         B_bar = torch.expm1(z) / torch.where(Lambda == 0, 1, Lambda)
+        limit = rate * dt * (1 + z / 2)         # at Lambda = 0; z / 2 is for its gradient
         return torch.exp(z), torch.where(Lambda == 0, limit, B_bar), C
 
     def initial_state(self, batch_size):
@@ -106,11 +109,12 @@ class DSS(nn.Module):
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once: u (b, h), state (b, h, n) -> y (b, h), next state.
         discrete: what discretize(rate) returned, to use it for many steps."""
-        self.check_input(u, 2, state)
+        check_input(u, 2, self.h, state, (self.h, self.n))
         check(discrete is None or rate == 1.0, "rate is in discrete: pass it to discretize")
         A_bar, B_bar, C = discrete or self.discretize(rate)
+        check(A_bar.shape == state.shape[1:], "discrete: it was made by another layer")
         x = A_bar * state + B_bar * u[..., None]                # (b, h, n)
-        y = (C * x).sum(-1).real + self.D * u               # (b, h)
+        y = (C * x).sum(-1).real + self.D * u                   # (b, h)
         return y.to(u.dtype), x
 
     def kernel(self, l, rate=1.0):
@@ -127,20 +131,18 @@ class DSS(nn.Module):
         method: conv, (3), whose rounding errors are in proportion to max |u|, or step, (2)
         Raises ValueError for a u, state, rate or method that does not fit.
         """
-        self.check_input(u, 3, state)
+        check_input(u, 3, self.h, state, (self.h, self.n))
         check(method in ("conv", "step"), f"{method=}: choose conv or step")
         if method == "step":
             return self.recurrence(u, state, rate)
-        A_bar, B_bar, C = self.discretize(rate)
         l = u.shape[-1]
         v = u.to(self.D.dtype)
-        A_k = powers(A_bar, l, v.dtype)                         # A_bar^k, as two factors
-        K = vandermonde(C * B_bar, A_k, l)                  # (h, l), as in kernel()
-        D = F.pad(self.D[:, None], (0, l - 1))                  # a kernel too: D at lag 0
-        y = fft_conv(v, K + D)                                  # (b, h, l)
+        y = fft_conv(v, self.kernel(l, rate)) + self.D[:, None] * v         # (3)
         if state is None:
             return y.to(u.dtype), None
         # a state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the last state
+        A_bar, B_bar, C = self.discretize(rate)
+        A_k = powers(A_bar, l, v.dtype)
         y = y + vandermonde(C * A_bar * state, A_k, l)
         last = A_bar ** l * state + last_state(v, B_bar, A_k)
         return y.to(u.dtype), last
@@ -155,17 +157,6 @@ class DSS(nn.Module):
             outputs.append(y_k)
         return torch.stack(outputs, -1), None if state is None else x
 
-    def check_input(self, u, dims, state):
-        """dims 2: u (b, h) and a state; dims 3: u (b, h, l), and a state or None."""
-        shape = f"(b, {self.h})" if dims == 2 else f"(b, {self.h}, l)"
-        fits = u.dim() == dims and u.shape[1] == self.h and u.numel() > 0
-        check(fits and u.is_floating_point(),
-              f"u is {u.dtype} {tuple(u.shape)}: pass floats {shape}")
-        if dims == 2 or state is not None:
-            fits = state is not None and state.shape == (u.shape[0], self.h, self.n)
-            check(fits and state.is_complex(),
-                  "state: pass one of the shape and type of initial_state()")
-
 
 # ---- the softmax ----
 
@@ -173,7 +164,8 @@ def softmax_weights(W, Lambda, z, l_max):
     """C = W / (e^{l_max z} - 1): all (h, n) complex.
 
     As in the official code, 1/x is conj(x) / (|x|^2 + 1e-7), finite at the poles, with
-    x = Lambda (e^{l_max z} - 1). Where Re z > 0, W and x are multiplied by e^{-l_max z}.
+    x = Lambda (e^{l_max z} - 1). Where Re z > 0, W and x are multiplied by e^{-l_max z},
+    here only so that 1e-7 has the effect that it has there: the cap alone keeps x finite.
     """
     sign = torch.where(z.real > 0, -1.0, 1.0)
     x = sign * Lambda * torch.expm1(sign * l_max * z)
@@ -186,15 +178,15 @@ def softmax_weights(W, Lambda, z, l_max):
 def powers(A_bar, l, dtype):
     """A_bar^k, k < l, as two factors: A_bar^{jT} (h, J, n), A_bar^i (h, T, n), k = jT + i.
 
-    Like the tens and the ones of a number: with T = sqrt(l), about 2 sqrt(l) powers take
-    the place of l, and sums over n are matrix products, without an (h, n, l) array.
+    Like the high and the low digit of a number: with T = sqrt(l), about 2 sqrt(l) powers
+    take the place of l, and sums over n are matrix products, without an (h, n, l) array.
     """
     T = int(l ** 0.5)
     J = (l + T - 1) // T                                        # l / T, rounded up
-    ones = first_powers(A_bar, T)
-    tens = first_powers(ones[:, -1] * A_bar, J)                 # powers of A_bar^T
+    low = first_powers(A_bar, T)
+    high = first_powers(low[:, -1] * A_bar, J)                  # powers of A_bar^T
     dtype = torch.promote_types(dtype, torch.complex64)         # its complex type
-    return tens.to(dtype), ones.to(dtype)
+    return high.to(dtype), low.to(dtype)
 
 
 def first_powers(a, count):
@@ -209,19 +201,18 @@ def first_powers(a, count):
 
 def vandermonde(v, A_k, l):
     """Re sum_n v_n A_bar_n^k for k < l: v (.., h, n), A_k from powers() -> (.., h, l)."""
-    tens, ones = A_k                                            # (h, J, n), (h, T, n)
-    v = v.to(tens.dtype)[..., None, :] * tens                   # (.., h, J, n)
-    K = torch.einsum("...hjn,hin->...hji", v, ones).real        # at time jT + i
+    high, low = A_k                                             # (h, J, n), (h, T, n)
+    v = v.to(high.dtype)[..., None, :] * high                   # (.., h, J, n)
+    K = torch.einsum("...hjn,hin->...hji", v, low).real         # at time jT + i
     return K.flatten(-2)[..., :l]
 
 
 def last_state(u, B_bar, A_k):
-    """sum_k A_bar^{l-1-k} B_bar u_k, the state that u (b, h, l) leaves: (b, h, n)."""
-    tens, ones = A_k
-    J, T = tens.shape[1], ones.shape[1]
-    u = F.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))        # zeros in front
-    x = torch.einsum("bhji,hin->bhjn", u.to(ones.dtype), ones.flip(1))  # last i: power 0
-    return torch.einsum("bhjn,hjn->bhn", x, tens.flip(1)) * B_bar       # last j: power 0
+    """sum_k A_bar^k B_bar u_{l-1-k}, the state that u (b, h, l) leaves: (b, h, n)."""
+    high, low = A_k
+    J, T = high.shape[1], low.shape[1]
+    u = F.pad(u.flip(-1), (0, J * T - u.shape[-1])).unflatten(-1, (J, T))
+    return torch.einsum("bhji,hin,hjn->bhn", u.to(low.dtype), low, high) * B_bar
 
 
 def fft_conv(u, K):
@@ -242,8 +233,33 @@ def legs_eigenvalues(n):
     return imag.flip(0)[:n // 2]
 
 
+def check_input(u, dims, h, state, shape):
+    """dims 2: u (b, h), a state (b, *shape); dims 3: u (b, h, l), a state or None."""
+    wanted = f"(b, {h})" if dims == 2 else f"(b, {h}, l)"
+    check(isinstance(u, torch.Tensor), f"u is a {type(u).__name__}: pass a tensor {wanted}")
+    fits = u.dim() == dims and u.shape[1] == h and u.is_floating_point()
+    check(fits, f"u is {u.dtype} {tuple(u.shape)}: pass floats {wanted}")
+    check(u.numel() > 0, f"u is empty, {tuple(u.shape)}: pass {wanted} with b, l > 0")
+    if dims == 2 or state is not None:
+        wanted = (u.shape[0], *shape)
+        is_tensor = isinstance(state, torch.Tensor)
+        found = (state.dtype, *state.shape) if is_tensor else type(state).__name__
+        check(is_tensor and state.shape == wanted and state.is_complex(),
+              f"state: {found}, pass complex {wanted} like initial_state()")
+
+
+def check_rate(rate, layer):
+    """A rate for all steps, and parameters precise enough to be discretized."""
+    if not isinstance(rate, numbers.Real) or not 0 < rate < math.inf:
+        raise ValueError(f"{rate=}: pass one positive number; for irregular sampling take "
+                         "s5.py or lru.py, or a rate of its own for each call of step")
+    for p in layer.parameters():
+        check(p.dtype not in (torch.float16, torch.bfloat16),
+              f"parameters are {p.dtype}: use autocast")
+
+
 def check(ok, message):
-    """Raise a ValueError unless ok. Not for rate or l: torch.compile can't print them."""
+    """Raise a ValueError unless ok."""
     if not ok:
         raise ValueError(message)
 

@@ -43,6 +43,9 @@ def test_initialization_is_the_normal_part_of_legs():
     assert error(-DSS(3, 8, version="exp").Lambda_re.exp(), upper.real) <= 1e-6
     assert error(legs_eigenvalues(16), upper.imag.sort(descending=True).values) <= 1e-12
     assert abs(DSS(1000, 8).W.std() - 1) < 0.05
+    assert set(DSS(3, 8, lr=0.0).ssm_lr.values()) == {0.0}
+    with pytest.raises(ValueError, match="^l_max=inf: "):
+        DSS(3, 8, l_max=np.inf)
 
 
 @pytest.mark.parametrize("l_max", [1, 2, 17, 256, 4096])
@@ -53,13 +56,18 @@ def test_kernel_is_a_softmax_over_the_length(l_max):
     assert error(layer.kernel(half), expected[:, :half]) <= 1e-9
 
 
-def test_eigenvalue_zero_has_a_finite_kernel_and_gradient():
+def test_eigenvalue_zero_has_a_finite_kernel_and_the_right_gradient():
     layer = DSS(2, 4, l_max=50).double()
     layer.Lambda_re.data[:2] = torch.tensor([0.0, 1e-9])
     layer.Lambda_im.data[:2] = 0
-    layer(signal(1, 2, 50, **DOUBLE))[0].square().sum().backward()
+    u, zero = signal(1, 2, 50, **DOUBLE), layer.initial_state(1)
+    layer(u)[0].square().sum().backward()
     assert torch.isfinite(layer.kernel(50)).all()
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+    layer.zero_grad()
+    layer(u, zero)[1].real[..., :2].sum((0, 1)).prod().backward()   # of the last state
+    found = layer.Lambda_re.grad[:2]
+    assert error(found[0], found[1]) <= 1e-5            # by the limit, and beside it
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5),
@@ -103,6 +111,9 @@ def test_growth_over_the_window_is_capped():
     assert error(A_bar.abs() ** 1000, np.exp([[15.0, 40.0]])) <= 1e-9       # the cap
     assert ((C.abs().log() + torch.tensor([15.0, 40.0])).abs() < 30).all()
     assert (B_bar.abs().log().abs() < 30).all()
+    A_bar, _, same = layer.discretize(2.0)      # of the layer, whatever the rate
+    assert error(A_bar.abs() ** 500, np.exp([[15.0, 40.0]])) <= 1e-9
+    assert error(same, C) <= 1e-12
 
 
 @pytest.mark.parametrize("growth", [[-30.0, -1.0, -5.0], [3.0, -1.0, 20.0]])
