@@ -61,8 +61,8 @@ class DSS(nn.Module):
     version: softmax, as in (4), or exp, without normalization
     l_max: softmax normalizes over this many steps, at rate 1, say of the longest sequence
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of Lambda
-    lr: learning rate of dt and Lambda, which is for you to pass to the optimizer: ssm_lr has
-        it for each name, and param_groups in example.py reads that
+    lr: learning rate of dt and Lambda, which is for you to pass to the optimizer: ssm_lr
+        has it for each name, and param_groups in example.py reads that
     """
 
     def __init__(self, d_model, d_state=64, *, version="softmax", l_max=1024, dt_min=1e-3,

@@ -20,9 +20,13 @@ C and D are trained, and the linear maps. Each choice can be undone: gate=False,
 bottleneck=1, train_B, train_dt, and measure="diag-lin" with the dt_min and dt_max of S4D.
 
 Differs from the paper: there one A serves all features, and -Re A and Im A start as
-exponentials of normal numbers, which forget within a few steps. Here each feature has an A
-of its own, -Re A log-uniform in (1e-3, 1), to remember 1 to 1000 steps, and Im A uniform in
-(0, pi), every frequency that samples can show.
+exponentials of normal numbers: most forget in a step or two, and the slowest of 64 in about
+ten. Here each feature has an A of its own, -Re A log-uniform in (1e-3, 1), to remember 1 to
+1000 steps, and Im A uniform in (0, pi), every frequency that samples can show.
+
+Why h = d/4, and a gate 4d wide? FFTs and states cost in proportion to h, a quarter of d.
+The block does the work of a feed-forward network, too, as the gated attention unit does
+(2202.10447): its 9 d^2 products a step are about a Transformer's 8 d^2, 4d wide as well.
 
 Why no factor 2? The n numbers are independent, no conjugate pairs: the real part alone
 makes the output real.
@@ -36,6 +40,7 @@ dt, D (h); K (h, l).
 """
 
 import math
+import numbers
 
 import torch
 from torch import nn
@@ -54,7 +59,8 @@ class GSS(nn.Module):
     measure: where A starts: diag-rand, or diag-lin (needs dt_min=1e-3, dt_max=1e-1)
     train_B, train_dt: train B, which starts from 1, and dt
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
-    lr: learning rate of A, and of B and dt if trained, stored in ssm_lr for the optimizer
+    lr: learning rate of A, and of B and dt if trained, which is for you to pass to the
+        optimizer: ssm_lr has it for each name, and param_groups in example.py reads that
     """
 
     def __init__(self, d_model, d_state=64, *, expand=4, bottleneck=4, gate=True,
@@ -91,16 +97,13 @@ class GSS(nn.Module):
     def discretize(self, rate=1.0):
         """(2) at step size rate * dt: A_bar, B_bar, C, (h, n) complex128,
         because an error of A_bar grows k-fold in A_bar^k."""
-        if isinstance(rate, (torch.Tensor, list)) or not 0 < rate < math.inf:
-            raise ValueError(f"{rate=}: pass one positive number; for irregular sampling, "
-                             "call step with a rate of its own for each sample")
-        check(self.D.dtype.itemsize > 2, f"parameters are {self.D.dtype}: use autocast")
+        check_rate(rate, self)
         dt = rate * self.log_dt.double().exp()[:, None]         # (h, 1)
         A = torch.complex(-self.log_A_real.double().exp(), self.A_imag.double())
         B_bar = torch.expm1(dt * A) / A                         # expm1(z) is exp(z) - 1
         if self.B is not None:
-            B_bar = B_bar * torch.view_as_complex(self.B.double())
-        return torch.exp(dt * A), B_bar, torch.view_as_complex(self.C.double())
+            B_bar = B_bar * torch.complex(*self.B.double().unbind(-1))
+        return torch.exp(dt * A), B_bar, torch.complex(*self.C.double().unbind(-1))
 
     def initial_state(self, batch_size):
         """x_{-1} = 0: (b, h, n) complex128, so that rounding stays small."""
@@ -119,9 +122,10 @@ class GSS(nn.Module):
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(1) around (2): u (b, d), state (b, h, n) -> o (b, d), next state.
         discrete: what discretize(rate) returned, to use it for many steps."""
-        self.check_input(u, 2, state)
+        check_input(u, 2, self.d_model, state, (self.h, self.n))
         check(discrete is None or rate == 1.0, "rate is in discrete: pass it to discretize")
         A_bar, B_bar, C = discrete or self.discretize(rate)
+        check(A_bar.shape == state.shape[1:], "discrete: it was made by another layer")
         w = u.to(self.D.dtype)
         v = self.enter(w)                                       # (b, h)
         x = A_bar * state + B_bar * v[..., None]                # (b, h, n)
@@ -142,21 +146,19 @@ class GSS(nn.Module):
         method: conv, (3), whose rounding errors are in proportion to max |u|, or step, (2)
         Raises ValueError for a u, state, rate or method that does not fit.
         """
-        self.check_input(u, 3, state)
+        check_input(u, 3, self.d_model, state, (self.h, self.n))
         check(method in ("conv", "step"), f"{method=}: choose conv or step")
         if method == "step":
             return self.recurrence(u, state, rate)
-        A_bar, B_bar, C = self.discretize(rate)
         l = u.shape[-1]
         w = u.to(self.D.dtype).mT.contiguous()                  # (b, l, d), for the maps
         v = self.enter(w).mT.to(w.dtype).contiguous()           # (b, h, l)
-        A_k = powers(A_bar, l, v.dtype)                         # A_bar^k, as two factors
-        K = vandermonde(C * B_bar, A_k, l)                      # (h, l), as in kernel()
-        D = F.pad(self.D[:, None], (0, l - 1))                  # a kernel too: D at lag 0
-        y = fft_conv(v, K + D)                                  # (b, h, l)
+        y = fft_conv(v, self.kernel(l, rate)) + self.D[:, None] * v         # (3)
         last = None
         if state is not None:
             # a state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the last state
+            A_bar, B_bar, C = self.discretize(rate)
+            A_k = powers(A_bar, l, v.dtype)
             y = y + vandermonde(C * A_bar * state, A_k, l)
             last = A_bar ** l * state + last_state(v, B_bar, A_k)
         return self.leave(y.mT.contiguous(), w).mT.to(u.dtype), last
@@ -171,32 +173,21 @@ class GSS(nn.Module):
             outputs.append(y_k)
         return torch.stack(outputs, -1), None if state is None else x
 
-    def check_input(self, u, dims, state):
-        """dims 2: u (b, d) and a state; dims 3: u (b, d, l), and a state or None."""
-        shape = f"(b, {self.d_model})" if dims == 2 else f"(b, {self.d_model}, l)"
-        fits = u.dim() == dims and u.shape[1] == self.d_model and u.numel() > 0
-        check(fits and u.is_floating_point(),
-              f"u is {u.dtype} {tuple(u.shape)}: pass floats {shape}")
-        if dims == 2 or state is not None:
-            fits = state is not None and state.shape == (u.shape[0], self.h, self.n)
-            check(fits and state.is_complex(),
-                  "state: pass one of the shape and type of initial_state()")
-
 
 # ---- sums with all powers of A_bar ----
 
 def powers(A_bar, l, dtype):
     """A_bar^k, k < l, as two factors: A_bar^{jT} (h, J, n), A_bar^i (h, T, n), k = jT + i.
 
-    Like the tens and the ones of a number: with T = sqrt(l), about 2 sqrt(l) powers take
-    the place of l, and sums over n are matrix products, without an (h, n, l) array.
+    Like the high and the low digit of a number: with T = sqrt(l), about 2 sqrt(l) powers
+    take the place of l, and sums over n are matrix products, without an (h, n, l) array.
     """
     T = int(l ** 0.5)
     J = (l + T - 1) // T                                        # l / T, rounded up
-    ones = first_powers(A_bar, T)
-    tens = first_powers(ones[:, -1] * A_bar, J)                 # powers of A_bar^T
+    low = first_powers(A_bar, T)
+    high = first_powers(low[:, -1] * A_bar, J)                  # powers of A_bar^T
     dtype = torch.promote_types(dtype, torch.complex64)         # its complex type
-    return tens.to(dtype), ones.to(dtype)
+    return high.to(dtype), low.to(dtype)
 
 
 def first_powers(a, count):
@@ -211,19 +202,18 @@ def first_powers(a, count):
 
 def vandermonde(v, A_k, l):
     """Re sum_n v_n A_bar_n^k for k < l: v (.., h, n), A_k from powers() -> (.., h, l)."""
-    tens, ones = A_k                                            # (h, J, n), (h, T, n)
-    v = v.to(tens.dtype)[..., None, :] * tens                   # (.., h, J, n)
-    K = torch.einsum("...hjn,hin->...hji", v, ones).real        # at time jT + i
+    high, low = A_k                                             # (h, J, n), (h, T, n)
+    v = v.to(high.dtype)[..., None, :] * high                   # (.., h, J, n)
+    K = torch.einsum("...hjn,hin->...hji", v, low).real         # at time jT + i
     return K.flatten(-2)[..., :l]
 
 
 def last_state(u, B_bar, A_k):
-    """sum_k A_bar^{l-1-k} B_bar u_k, the state that u (b, h, l) leaves: (b, h, n)."""
-    tens, ones = A_k
-    J, T = tens.shape[1], ones.shape[1]
-    u = F.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))        # zeros in front
-    x = torch.einsum("bhji,hin->bhjn", u.to(ones.dtype), ones.flip(1))  # last i: power 0
-    return torch.einsum("bhjn,hjn->bhn", x, tens.flip(1)) * B_bar       # last j: power 0
+    """sum_k A_bar^k B_bar u_{l-1-k}, the state that u (b, h, l) leaves: (b, h, n)."""
+    high, low = A_k
+    J, T = high.shape[1], low.shape[1]
+    u = F.pad(u.flip(-1), (0, J * T - u.shape[-1])).unflatten(-1, (J, T))
+    return torch.einsum("bhji,hin,hjn->bhn", u.to(low.dtype), low, high) * B_bar
 
 
 def fft_conv(u, K):
@@ -237,7 +227,7 @@ def fft_conv(u, K):
 # ---- where A starts ----
 
 def initial_A(measure, h, n):
-    """(h, n) complex128. diag-lin is that of S4D (arXiv 2206.11893)."""
+    """(h, n) complex128. diag-lin is S4D's with d_state = 2n (arXiv 2206.11893)."""
     check(n > 0, f"d_state={n}: pass a positive number")
     check(measure in ("diag-rand", "diag-lin"), f"{measure=}: choose diag-rand or diag-lin")
     if measure == "diag-lin":
@@ -247,8 +237,33 @@ def initial_A(measure, h, n):
     return torch.complex(real, math.pi * torch.rand(h, n, dtype=torch.float64))
 
 
+def check_input(u, dims, h, state, shape):
+    """dims 2: u (b, h), a state (b, *shape); dims 3: u (b, h, l), a state or None."""
+    wanted = f"(b, {h})" if dims == 2 else f"(b, {h}, l)"
+    check(isinstance(u, torch.Tensor), f"u is a {type(u).__name__}: pass a tensor {wanted}")
+    fits = u.dim() == dims and u.shape[1] == h and u.is_floating_point()
+    check(fits, f"u is {u.dtype} {tuple(u.shape)}: pass floats {wanted}")
+    check(u.numel() > 0, f"u is empty, {tuple(u.shape)}: pass {wanted} with b, l > 0")
+    if dims == 2 or state is not None:
+        wanted = (u.shape[0], *shape)
+        is_tensor = isinstance(state, torch.Tensor)
+        found = (state.dtype, *state.shape) if is_tensor else type(state).__name__
+        check(is_tensor and state.shape == wanted and state.is_complex(),
+              f"state: {found}, pass complex {wanted} like initial_state()")
+
+
+def check_rate(rate, layer):
+    """A rate for all steps, and parameters precise enough to be discretized."""
+    if not isinstance(rate, numbers.Real) or not 0 < rate < math.inf:
+        raise ValueError(f"{rate=}: pass one positive number; for irregular sampling take "
+                         "s5.py or lru.py, or a rate of its own for each call of step")
+    for p in layer.parameters():
+        check(p.dtype not in (torch.float16, torch.bfloat16),
+              f"parameters are {p.dtype}: use autocast")
+
+
 def check(ok, message):
-    """Raise a ValueError unless ok. Not for rate or l: torch.compile can't print them."""
+    """Raise a ValueError unless ok."""
     if not ok:
         raise ValueError(message)
 
