@@ -126,5 +126,5 @@ def test_scan_in_any_order_and_in_blocks_of_any_length(module):
     right = functools.reduce(lambda late, early: module.combine(early, late), steps[::-1])
     for decay, end in (left, right):
         assert error(decay * x + end, states[:, -1]) <= 1e-12
-    with pytest.raises(ValueError, match="^T=1: pass a block length"):
+    with pytest.raises(ValueError, match="^T=1: pass a chunk length"):
         module.linear_scan(a, v, x, 1)
