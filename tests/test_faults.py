@@ -4,6 +4,7 @@ nothing, states of another layout, wrapped linear maps, padding, huge samples.""
 import importlib
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -137,6 +138,176 @@ def test_gradient_where_A_is_exactly_0(name, options, parameters):
             p[..., 0] = 0
         difference = (above - below) / 2e-7
         assert abs(gradient[..., 0].sum() - difference) <= 1e-4 * (1 + abs(difference))
+
+
+# ---- samples at irregular times ----
+
+def rates(b, l):
+    generator = torch.Generator().manual_seed(4)
+    return 0.2 + 2.8 * torch.rand(b, l, generator=generator)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@each([case for case in CASES if case.layer.split(".")[0] in SCANS])
+def test_irregular_samples(case, dtype, tolerance):
+    layer, u, rate = case.build().to(dtype), signal(2, case.h, 100, dtype=dtype), rates(2, 100)
+    if not case.has_state:                              # bidirectional: both directions
+        y, _ = layer(u, rate=rate)
+        assert error(layer(u[:1], rate=rate[:1])[0], y[:1]) <= tolerance
+        flat, _ = layer(u, rate=torch.full((2, 100), 2.0))
+        assert error(flat, layer(u, rate=2.0)[0]) <= 1e-5
+        return
+    x = random_state(layer, 2)
+    expected = layer(u, x, rate=rate, method="step")
+    assert error(layer(u, x, rate=rate), expected) <= tolerance
+    first, now = layer(u[..., :33], x, rate=rate[:, :33])
+    second, last = layer(u[..., 33:], now, rate=rate[:, 33:])
+    assert error(torch.cat([first, second], -1), expected[0]) <= tolerance
+    assert error(last, expected[1]) <= tolerance
+    both, _ = layer.step(u[..., 0], x, rate=rate[:, 0])     # sequences of one batch
+    for i in range(2):
+        alone = like(x, [t[i:i + 1] for t in leaves(x)])
+        y, _ = layer.step(u[i:i + 1, :, 0], alone, rate=rate[i, 0].item())
+        assert error(both[i:i + 1], y) <= 1e-5
+    if "conv" in case.methods:
+        with pytest.raises(ValueError, match="^rate varies"):
+            layer(u, x, rate=rate, method="conv")
+    for wrong in (rate[0], rate[:, :1], -rate, 0 * rate, math.inf * rate, math.nan * rate):
+        for method in ("scan", "step"):
+            with pytest.raises(ValueError, match="^rate is "):
+                layer(u, x, rate=wrong, method=method)
+    with pytest.raises(ValueError, match="^rate is "):
+        layer.step(u[..., 0], x, rate=rate)
+
+
+def test_irregular_samples_of_a_held_signal():
+    """One sample of rate 2 is two of rate 1 with the same u."""
+    for name in ("s5", "s5-no-pairs", "lru"):
+        case = next(case for case in CASES if case.name == name)
+        layer, u = case.build().double(), signal(1, case.h, 4, **DOUBLE)
+        rate = torch.tensor([[1.0, 2.0, 1.0, 3.0]])
+        fine, last = layer(u.repeat_interleave(rate[0].long(), -1), layer.initial_state(1))
+        y, now = layer(u, layer.initial_state(1), rate=rate)
+        assert error(y, fine[..., [0, 2, 3, 6]]) <= 1e-12 and error(now, last) <= 1e-12
+
+
+# ---- memory: layouts, states that own theirs ----
+
+@each(SMALL)
+def test_parameters_of_any_layout(case):
+    """In channels_last, and in one vector from an odd place on, as vector_to_parameters and
+    replicas have them."""
+    layer, u = case.build().double(), signal(2, case.h, 9, **DOUBLE)
+    expected, _ = layer(u)
+    assert error(layer.to(memory_format=torch.channels_last)(u)[0], expected) <= 1e-12
+    memory = torch.empty(1 + sum(p.numel() for p in layer.parameters()), **DOUBLE)
+    start = 1
+    for p in layer.parameters():
+        place = memory[start:start + p.numel()].view(p.shape)
+        p.data = place.copy_(p.data)
+        start += p.numel()
+    y, _ = layer(u)
+    y.sum().backward()
+    assert error(y, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@each(STATEFUL)
+def test_a_state_owns_its_memory(case, dtype):
+    layer, u = case.build().to(dtype), signal(2, case.h, 300, dtype=dtype)
+    for method in case.methods[:-1]:                    # a step reads y from the next state
+        y, last = layer(u, random_state(layer, 2), method=method)
+        for t in leaves(last):
+            assert t.untyped_storage().nbytes() <= 2 * t.numel() * t.itemsize, method
+            t.detach().zero_()                          # as at the end of an episode
+        y.sum().backward()
+
+
+def test_the_state_of_selective_scan_fn_owns_its_memory():
+    scan = importlib.import_module("selective_scan").selective_scan_fn
+    u, B = signal(2, 3, 300, **DOUBLE), signal(2, 4, 300, **DOUBLE)
+    _, x = scan(u, u.abs(), -torch.ones(3, 4, **DOUBLE), B, B, return_last_state=True)
+    assert x.untyped_storage().nbytes() == x.numel() * x.itemsize
+
+
+# ---- messages ----
+
+@each(SMALL)
+def test_half_precision_of_one_parameter(case):
+    for name, _ in case.build().named_parameters():
+        layer = case.build()
+        p = layer.get_parameter(name)
+        p.data = p.data.bfloat16()
+        with pytest.raises(ValueError, match="^parameters are .*autocast"):
+            layer(signal(1, case.h, 5))
+
+
+@each(STATEFUL)
+def test_what_people_pass_by_mistake(case):
+    layer, u = case.build(), signal(2, case.h, 5)
+    result = layer(u, layer.initial_state(2))
+    for wrong in (u.numpy(), u.tolist()):
+        for call in (layer, lambda v: layer.step(v, layer.initial_state(2))):
+            with pytest.raises(ValueError, match="^u is a (ndarray|list): pass a tensor"):
+                call(wrong)
+    with pytest.raises(ValueError, match=r"^u is empty, \(0, "):
+        layer(u[:0])
+    for wrong in (None, "2", np.ones(5)):
+        with pytest.raises(ValueError, match="^rate=.*: pass one positive number"):
+            layer(u, rate=wrong)
+    for call in (lambda x: layer(u, x), lambda x: layer.step(u[..., 0], x)):
+        with pytest.raises(ValueError, match="^state: .*, pass "):
+            call(result)                                # the pair of output and state
+        with pytest.raises(ValueError, match=r"^state: .* 3, .*, pass .*\(2, "):
+            call(layer.initial_state(3))                # of another batch
+
+
+@each(STATEFUL)
+def test_matrices_of_another_layer(case):
+    """Fewer states or features would broadcast."""
+    layer, u = case.build(), signal(2, case.h, 1)[..., 0]
+    x = layer.initial_state(2)
+    first, *rest = layer.discretize()
+    for wrong in (first[..., :1], first[:1]):
+        if wrong.shape != first.shape:
+            with pytest.raises(ValueError, match="^discrete: "):
+                layer.step(u, x, discrete=(wrong, *rest))
+
+
+# ---- rare numbers ----
+
+def test_powers_of_0_by_fft():
+    """Where A_bar = 0, its gradient is that of the scan."""
+    for bilinear in ("s5.S5", "lru.LRU"):
+        layer = build(bilinear, 2, 4, **({"disc": "bilinear"} if "S5" in bilinear else {}))
+        module = importlib.import_module(bilinear.split(".")[0])
+        a = torch.zeros(4, dtype=torch.complex128, requires_grad=True)
+        v = torch.randn(1, 9, 4, dtype=torch.complex128)
+        x = torch.randn(1, 4, dtype=torch.complex128)
+        found, = torch.autograd.grad(module.fft_scan(a, v, x).real.square().sum(), a)
+        expected, = torch.autograd.grad(module.loop_scan(a, v, x).real.square().sum(), a)
+        assert error(found, expected) <= 1e-12
+
+
+def test_infinite_decay():
+    for cls in ("SelectiveSSM", "Mamba"):
+        layer = build(f"selective_scan.{cls}", 4, 4)
+        layer.A_log.data.fill_(89.0)                    # A is infinite in single precision
+        u, x = signal(2, 4, 20), layer.initial_state(2)
+        assert error(layer(u, x), layer(u, x, method="step")) <= 1e-5
+
+
+def test_second_derivative_where_Lambda_is_0():
+    layer = build("s5.S5", 2, 4).double()
+    u = signal(1, 2, 30, **DOUBLE)
+
+    def loss(Lambda_re):
+        p = {"Lambda_re": Lambda_re, "Lambda_im": torch.zeros(2, **DOUBLE)}
+        return torch.func.functional_call(layer, p, (u,))[0].square().sum()
+
+    def curvature(where):
+        return torch.func.hessian(loss)(torch.full((2,), where, **DOUBLE))
+    assert error(curvature(0.0), (curvature(1e-3) + curvature(-1e-3)) / 2) <= 1e-4
 
 
 # ---- arguments ----
