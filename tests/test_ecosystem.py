@@ -2,6 +2,7 @@
 and without a warning. State dicts, copies, pickles, float64, autocast: test_modes.py."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -88,10 +89,17 @@ def by_jacobian(layer, u, **options):
 
 def by_hessian(layer, u):
     """Second derivatives, forward over reverse: the gradient of |gradient|^2 / 2 is
-    H gradient."""
-    def loss(u):
-        return layer(u)[0].square().sum()
-    H = hessian(loss)(u).flatten(0, 2).flatten(1)
+    H gradient. The scan of selective_scan.py has no forward mode: reverse over reverse, or
+    the loop."""
+    def loss(u, **options):
+        return layer(u, **options)[0].square().sum()
+    if hasattr(layer, "select"):
+        twice = jacrev(jacrev(loss))(u)
+        by_steps = hessian(functools.partial(loss, method="step"))(u)
+        assert error(twice, by_steps) <= 1e-5
+        H = twice.flatten(0, 2).flatten(1)
+    else:
+        H = hessian(loss)(u).flatten(0, 2).flatten(1)
     v = u.clone().requires_grad_()
     gradient, = torch.autograd.grad(loss(v), v, create_graph=True)
     expected, = torch.autograd.grad(gradient.square().sum() / 2, v)
