@@ -31,9 +31,9 @@ as the input. The paper (section 3.3.2) computes them again in the backward pass
 fast memory of a GPU. GroupScan does the same in the cache of a processor, and its gradient
 is a scan like (1), from the end to the beginning.
 
-Differs from the paper: (1) is the form of the official code. The paper's (4) is zero-order
-hold for B too: (exp(dt A) - 1) / A B instead of dt B. They agree where dt |A| is small. At
-the largest start here, dt |A| = 0.1 * 16 = 1.6, dt B is twice the zero-order hold.
+Differs from the paper: (1) is the form of the official code. In the paper zero-order
+hold (its equation 4) is for B too: (exp(dt A) - 1) / A B instead of dt B. They agree where
+dt |A| is small. At the largest start here, 0.1 * 16 = 1.6, dt B is twice that hold.
 
 Symbols: b batch, d features, l length; the paper's x, h are our u, x. u, y (b, d, l),
 x (b, d, n), A (d, n), D (d). Inside time comes first: u, dt (b, l, d), B, C (b, l, n).
@@ -250,14 +250,16 @@ class GroupScan(torch.autograd.Function):
     A (.., n, d), x (.., 1, n, d) before them -> y (.., l, d), x before, between and after
     the blocks (.., J + 1, n, d).
 
-    The gradient is written out, for it is a scan too. Let g and a name be the gradient of
-    the loss with respect to it. x_k acts on y_k, and by a_{k+1} = exp(dt_{k+1} A) on
-    x_{k+1}, so that
+    autograd calls forward, has setup_context keep what backward will need, and later hands
+    backward the gradients of the loss with respect to both results. It returns those with
+    respect to all arguments of forward. Written out, because autograd's own would keep or
+    pass through some thirty arrays of the size of all states, and because it is a scan too:
+    let g and a name be the gradient with respect to it. x_k acts on y_k = C_k x_k, and on
+    x_{k+1} by a_{k+1} = exp(dt_{k+1} A), so that
 
         gx_k = C_k gy_k + a_{k+1} gx_{k+1},                                            (4)
 
-    from the end to the beginning. It needs all x_k, which together take n times the memory
-    of the input: those between blocks are kept, the others computed once more.
+    from the end to the beginning. The x between blocks are kept, the others made again.
     """
     generate_vmap_rule = True                           # for torch.func
 
@@ -284,16 +286,18 @@ class GroupScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gy, gx):
         *steps, A, x = ctx.saved_tensors
+        # the last block comes first, for (4) goes from each block to the one before
         v, dt, B, C, gy = (in_slices(t, ctx.T, last_first=True) for t in (*steps, gy))
+        x, gx = x.flip(-3), gx.flip(-3)
         A = A[..., None, :, :]
         a = [torch.exp(dt_i * A) for dt_i in dt]
-        x = [x.flip(-3)[..., 1:, :, :]]                         # then after step 0, 1, ...
+        x = [x[..., 1:, :, :]]                                  # before step 0, 1, ...
         for a_i, B_i, v_i in zip(a, B, v):
             x.append(torch.addcmul(B_i.mT * v_i, a_i, x[-1]))
-        # (4) for z_k = a_k gx_k is a scan as (1): z_k = a_k z_{k+1} + a_k C_k gy_k
+        # z_k = a_k gx_k, what x_k passes on to x_{k-1}, is by (4) a scan in the form of
+        # (3): z_k = a_k z_{k+1} + a_k C_k gy_k
         back = ((a_i, a_i * (C_i.mT * gy_i)) for a_i, C_i, gy_i in
                 zip(a[::-1], C[::-1], gy[::-1]))
-        gx = gx.flip(-3)
         z = block_starts(back, gx[..., :-1, :, :])
         gv, gdt, gB, gC, gA = [], [], [], [], 0
         for i in reversed(range(ctx.T)):
@@ -302,16 +306,17 @@ class GroupScan(torch.autograd.Function):
             gB.append(v[i] @ g.mT)
             gC.append(gy[i] @ x[i + 1].mT)
             z = a[i] * g
-            gdtA = z * x[i]                                     # for a = exp(dt A)
-            gdt.append((gdtA * A).sum(-2, keepdim=True))
-            gA = gA + gdtA * dt[i]
+            g = z * x[i]                                        # with respect to dt_k A
+            gdt.append((g * A).sum(-2, keepdim=True))
+            gA = gA + g * dt[i]
         over_time = [in_order(t[::-1], last_first=True) for t in (gv, gdt, gB, gC)]
         gA = gA.sum(-3).sum_to_size(A.squeeze(-3).shape)
-        return *over_time, gA, (z + gx[..., 1:, :, :])[..., -1:, :, :], None
+        gx = (z + gx[..., 1:, :, :])[..., -1:, :, :]            # before the first block
+        return *over_time, gA, gx, None
 
 
 def in_slices(t, T, last_first=False):
-    """Time is k = jT + i: (.., l, m) -> for each i a slice (.., J, 1, m) of all j."""
+    """Time is k = jT + i: (.., l, m) -> T slices (.., J, 1, m), step i of all blocks j."""
     t = t.unflatten(-2, (-1, T)).movedim(-2, 0)                 # (T, .., J, m)
     t = t.flip(-2) if last_first else t
     return t.unsqueeze(-2).contiguous().unbind(0)
@@ -332,8 +337,8 @@ def combine(first, second):
 
 
 def block_starts(steps, x):
-    """What x is before each of J blocks. steps: T pairs (a, v), each (.., J, n, d); x: what
-    enters from outside before each block, likewise."""
+    """The state before each of J blocks, (.., J, n, d). steps: T pairs (a, v) of (3), step
+    i of all blocks; x: what is added from outside before each block, likewise."""
     if x.shape[-3] == 1:
         return x
     a, v = reduce(combine, steps)                               # a block as one step
