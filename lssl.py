@@ -27,6 +27,11 @@ The state is a compressed history, and C reads from it what the task needs. The 
 0 < s < 1, and the unit of time, that of A, is 1/dt samples. Differs from HiPPO: LegS there
 has a factor 1/t and weighs all of the past equally. Here, as in LSSL, it fades with e^{-s}.
 
+How can a sliding window know what leaves it? It reads u(t - 1) from x, by (4). So in legt x
+is not quite the projection of u: for sin(12 t) it is off by 150% with n = 4, 10% with 8 and
+2e-6 with 16. In legs nothing leaves, and x is the projection. Take legs if it is not known
+how far back to look, legt if all of a window of known length matters alike.
+
 Discretization. The generalized bilinear transform takes A x at the end of a step with
 weight alpha, at its beginning with 1 - alpha, and u_k for the whole step. Solve for x_k:
 
@@ -39,7 +44,8 @@ stable A_bar at any dt; below, only if dt is small.
 
 Why S4? A dense A_bar costs n^2 operations a step and n^3 log l a kernel, and nothing keeps
 a trained A stable. Differs from the paper: train_A trains all of A, not a structured class.
-Differs from the official code: C starts with variance 1/n, there 1, so that y grew with n.
+Differs from the official code: C starts with variance 1/n, there 1. The size of y does not
+depend on n, then, if u is white noise; with variance 1 it does not if u is smooth.
 
 Symbols: b batch, h features (d_model), n states (d_state), l length, m channels.
 u (b, h, l); y (b, m h, l); x (b, h, n); A (n, n), B (n), or one for each feature;
@@ -47,6 +53,7 @@ A_bar (h, n, n); B_bar (h, n); C (m, h, n); D (m, h); dt (h); K (m h, l).
 """
 
 import math
+import numbers
 
 import torch
 from torch import nn
@@ -65,7 +72,8 @@ class LSSL(nn.Module):
     train_A: no, or train A and B: shared (one for all features) or each (one for each)
     train_dt: whether dt is trained too
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
-    lr: learning rate of A, B and dt, if trained, stored in ssm_lr for the optimizer
+    lr: learning rate of A, B and dt, if trained, which is for you to pass to the optimizer:
+        ssm_lr has it for each name, and param_groups in example.py reads that
 
     forward computes the powers of A_bar at each call, also where A and dt are fixed. Once
     trained, K = layer.kernel(l) can be kept; with one channel, for any u of that length,
@@ -93,7 +101,7 @@ class LSSL(nn.Module):
         self.D = nn.Parameter(torch.randn(channels, d_model))
         names = ("A", "B", "log_dt")
         self.ssm_lr = {name: lr for name in names if getattr(self, name).requires_grad}
-        if alpha < 0.5:
+        if alpha < 0.5 and not log_dt.is_meta:                  # meta: without numbers
             # needed, not enough: A is not normal, so that K may be huge before it fades
             radius = torch.linalg.eigvals(self.discretize()[0]).abs().max()
             check(radius <= 1, f"{alpha=}, {dt_max=}: A_bar has an eigenvalue outside of "
@@ -102,17 +110,14 @@ class LSSL(nn.Module):
     def discretize(self, rate=1.0):
         """(5) at step size rate * dt: A_bar (h, n, n), B_bar (h, n), C (m, h, n) float64,
         because an error of A_bar grows k-fold in A_bar^k."""
-        if isinstance(rate, (torch.Tensor, list)) or not 0 < rate < math.inf:
-            raise ValueError(f"{rate=}: pass one positive number; for irregular sampling, "
-                             "call step with a rate of its own for each sample")
-        check(self.D.dtype.itemsize > 2, f"parameters are {self.D.dtype}: use autocast")
+        check_rate(rate, self)
         dt = rate * self.log_dt.double().exp()[:, None]         # (h, 1)
         dtA = dt[..., None] * self.A.double()                   # (h, n, n)
         dtB = dt * self.B.double()                              # (h, n)
-        one = torch.eye(self.n, dtype=dt.dtype, device=dt.device)
-        inverse = torch.linalg.inv(one - self.alpha * dtA)
-        A_bar = inverse @ (one + (1 - self.alpha) * dtA)
-        return A_bar, times(inverse, dtB), self.C.double()
+        eye = torch.eye(self.n, dtype=dt.dtype, device=dt.device)
+        inverse = torch.linalg.inv(eye - self.alpha * dtA)
+        A_bar = inverse @ (eye + (1 - self.alpha) * dtA)
+        return A_bar, matvec(inverse, dtB), self.C.double()
 
     def initial_state(self, batch_size):
         """x_{-1} = 0: (b, h, n) float64, so that rounding stays small."""
@@ -121,10 +126,12 @@ class LSSL(nn.Module):
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once: u (b, h), state (b, h, n) -> y (b, m h), next state.
         discrete: what discretize(rate) returned, to use it for many steps."""
-        self.check_input(u, 2, state)
+        check_input(u, 2, self.h, state, (self.h, self.n))
         check(discrete is None or rate == 1.0, "rate is in discrete: pass it to discretize")
         A_bar, B_bar, C = discrete or self.discretize(rate)
-        x = times(A_bar, state.double()) + B_bar * u[..., None]         # (b, h, n)
+        fits = A_bar.shape == (self.h, self.n, self.n)
+        check(fits, "discrete: it was made by another layer")
+        x = matvec(A_bar, state.double()) + B_bar * u[..., None]         # (b, h, n)
         y = (C * x[:, None]).sum(-1) + self.D * u[:, None]              # (b, m, h)
         return y.flatten(1).to(u.dtype), x
 
@@ -145,27 +152,24 @@ class LSSL(nn.Module):
         method: conv, (3), whose rounding errors are in proportion to max |u|, or step, (2)
         Raises ValueError for a u, state, rate or method that does not fit.
         """
-        self.check_input(u, 3, state)
+        check_input(u, 3, self.h, state, (self.h, self.n))
         check(method in ("conv", "step"), f"{method=}: choose conv or step")
         if method == "step":
             return self.recurrence(u, state, rate)
-        A_bar, B_bar, C = self.discretize(rate)
         l = u.shape[-1]
         v = u.to(self.D.dtype)
-        C = C.to(v)
-        with full_precision(u):
+        K = self.kernel(l, rate).unflatten(0, (-1, self.h))             # (m, h, l)
+        y = fft_conv(v[:, None], K) + self.D[..., None] * v[:, None]    # (3): (b, m, h, l)
+        if state is None:
+            return y.flatten(1, 2).to(u.dtype), None
+        A_bar, B_bar, C = self.discretize(rate)
+        with full_precision(v):
             A_k = squares(A_bar, l, v.dtype)
-            K = free_response(C, A_k, B_bar[None].to(v), l)[0]          # (m, h, l)
-            D = F.pad(self.D[..., None], (0, l - 1))                    # D at lag 0
-            y = fft_conv(v[:, None], K + D)                             # (b, m, h, l)
-            last = None
-            if state is not None:
-                x = times(A_bar, state.double()).to(v)                  # (b, h, n)
-                # x adds C A_bar^k x to y_k, and A_bar^{l-1} x to the last state
-                y = y + free_response(C, A_k, x, l)                     # (b, m, h, l)
-                last = advance(x, A_k, l - 1) + last_state(v, B_bar.to(v), A_k)
-                last = last.double()
-        return y.flatten(1, 2).to(u.dtype), last
+            x = matvec(A_bar, state.double()).to(v)                     # (b, h, n)
+            # x adds C A_bar^k x to y_k, and A_bar^{l-1} x to the last state
+            y = y + free_response(C.to(v), A_k, x, l)
+            last = advance(x, A_k, l - 1) + last_state(v, B_bar.to(v), A_k)
+        return y.flatten(1, 2).to(u.dtype), last.double()
 
     def recurrence(self, u, state, rate):
         """(2), one step after the other: equal to the parallel form up to rounding."""
@@ -177,26 +181,15 @@ class LSSL(nn.Module):
             outputs.append(y_k)
         return torch.stack(outputs, -1), None if state is None else x
 
-    def check_input(self, u, dims, state):
-        """dims 2: u (b, h) and a state; dims 3: u (b, h, l), and a state or None."""
-        shape = f"(b, {self.h})" if dims == 2 else f"(b, {self.h}, l)"
-        fits = u.dim() == dims and u.shape[1] == self.h and u.numel() > 0
-        check(fits and u.is_floating_point(),
-              f"u is {u.dtype} {tuple(u.shape)}: pass floats {shape}")
-        if dims == 2 or state is not None:
-            fits = state is not None and state.shape == (u.shape[0], self.h, self.n)
-            check(fits and state.is_floating_point(),
-                  "state: pass one of the shape and type of initial_state()")
-
 
 # ---- powers of A_bar ----
 
 def squares(A_bar, l, dtype):
     """A_bar, A_bar^2, A_bar^4, ... in two lists: from A_bar^T on, and below it.
 
-    Time is k = jT + i, as with T = 10 the tens and the ones of a number. T, about
-    2 sqrt(l), and J are powers of 2: each A_bar^{jT} and A_bar^i is a product of squares.
-    So J + T vectors and one matrix product give all l numbers C A_bar^k x.
+    Time is k = jT + i, like the high and the low digit of a number. T, about 2 sqrt(l),
+    and J are powers of 2: each A_bar^{jT} and A_bar^i is a product of squares. So J + T
+    vectors and one matrix product give all l numbers C A_bar^k x.
     """
     powers = [A_bar]
     while 2 ** len(powers) < l:
@@ -206,7 +199,7 @@ def squares(A_bar, l, dtype):
     return powers[half:], powers[:half]
 
 
-def times(A, x):
+def matvec(A, x):
     """A x: A (h, n, n), x (.., h, n) -> (.., h, n)."""
     return torch.einsum("hij,...hj->...hi", A, x)
 
@@ -215,36 +208,37 @@ def krylov(powers, x):
     """x, A x, A^2 x, ... by doubling: A, A^2, A^4, ..; x (.., h, n) -> (T, .., h, n)."""
     x = x[None]
     for A in powers:
-        x = torch.cat([x, times(A, x)])
+        x = torch.cat([x, matvec(A, x)])
     return x
 
 
 def free_response(C, A_k, x, l):
     """C A_bar^k x for k < l: C (m, h, n), states x (b, h, n) -> (b, m, h, l)."""
-    tens, ones = A_k
-    C = krylov([A.mT for A in ones], C)                     # C A_bar^i, (T, m, h, n)
-    x = krylov(tens, x)                                     # A_bar^{jT} x, (J, b, h, n)
+    high, low = A_k
+    C = krylov([A.mT for A in low], C)                      # C A_bar^i, (T, m, h, n)
+    x = krylov(high, x)                                     # A_bar^{jT} x, (J, b, h, n)
     return torch.einsum("jbhn,imhn->bmhji", x, C).flatten(-2)[..., :l]
 
 
 def advance(x, A_k, k):
     """A_bar^k x for a k below l, from its binary digits: x (.., h, n)."""
-    tens, ones = A_k
-    for digit, A in enumerate(ones + tens):
-        x = torch.stack([x, times(A, x)])[(k >> digit) & 1]         # compiles with any k
+    high, low = A_k
+    for digit, A in enumerate(low + high):
+        # not "if (k >> digit) & 1", for which torch.compile makes a graph for each k
+        x = torch.stack([x, matvec(A, x)])[(k >> digit) & 1]
     return x
 
 
 def last_state(u, B_bar, A_k):
-    """sum_k A_bar^{l-1-k} B_bar u_k, the state that u (b, h, l) leaves: (b, h, n)."""
-    tens, ones = A_k
-    J = 2 ** len(tens)
-    T = 2 ** len(ones)
-    u = F.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))    # zeros in front
-    B_bar = krylov(ones, B_bar).flip(0)                 # (T, h, n), the last i: power 0
+    """sum_k A_bar^k B_bar u_{l-1-k}, the state that u (b, h, l) leaves: (b, h, n)."""
+    high, low = A_k
+    J = 2 ** len(high)
+    T = 2 ** len(low)
+    u = F.pad(u.flip(-1), (0, J * T - u.shape[-1])).unflatten(-1, (J, T))
+    B_bar = krylov(low, B_bar)                          # A_bar^i B_bar, (T, h, n)
     blocks = torch.einsum("bhji,ihn->jbhn", u, B_bar)   # what each block of T steps leaves
-    for A in tens:                                      # two blocks in a row are one
-        blocks = times(A, blocks[::2]) + blocks[1::2]
+    for A in high:                                      # two blocks in a row are one
+        blocks = blocks[::2] + matvec(A, blocks[1::2])
     return blocks[0]
 
 
@@ -293,8 +287,34 @@ def reconstruct(measure, x, s):
     return (x * torch.sqrt(2 * i + 1)) @ P.to(x.dtype)
 
 
+def check_input(u, dims, h, state, shape):
+    """dims 2: u (b, h), a state (b, *shape); dims 3: u (b, h, l), a state or None."""
+    wanted = f"(b, {h})" if dims == 2 else f"(b, {h}, l)"
+    check(isinstance(u, torch.Tensor), f"u is a {type(u).__name__}: pass a tensor {wanted}")
+    fits = u.dim() == dims and u.shape[1] == h and u.is_floating_point()
+    check(fits, f"u is {u.dtype} {tuple(u.shape)}: pass floats {wanted}")
+    check(u.numel() > 0, f"u is empty, {tuple(u.shape)}: pass {wanted} with b, l > 0")
+    if dims == 2 or state is not None:
+        wanted = (u.shape[0], *shape)
+        is_tensor = isinstance(state, torch.Tensor)
+        found = (state.dtype, *state.shape) if is_tensor else type(state).__name__
+        check(is_tensor and state.shape == wanted and state.is_floating_point(),
+              f"state: {found}, pass floats {wanted} like initial_state()")
+        check(state.device == u.device, f"state: on {state.device}, u is on {u.device}")
+
+
+def check_rate(rate, layer):
+    """A rate for all steps, and parameters precise enough to be discretized."""
+    if not isinstance(rate, numbers.Real) or not 0 < rate < math.inf:
+        raise ValueError(f"{rate=}: pass one positive number; for irregular sampling take "
+                         "s5.py or lru.py, or a rate of its own for each call of step")
+    for p in layer.parameters():
+        check(p.dtype not in (torch.float16, torch.bfloat16),
+              f"parameters are {p.dtype}: use autocast")
+
+
 def check(ok, message):
-    """Raise a ValueError unless ok. Not for rate or l: torch.compile can't print them."""
+    """Raise a ValueError unless ok."""
     if not ok:
         raise ValueError(message)
 
@@ -306,7 +326,7 @@ if __name__ == "__main__":
     l, layer = 1000, LSSL(d_model=4)
     u = torch.randn(2, 4, l)
     A_bar, B_bar, C = layer.discretize()
-    K = [C[0] * times(torch.linalg.matrix_power(A_bar, k), B_bar) for k in range(l)]
+    K = [C[0] * matvec(torch.linalg.matrix_power(A_bar, k), B_bar) for k in range(l)]
     y, _ = layer(u)
     first, state = layer(u[..., :300], layer.initial_state(2))
     second, state = layer(u[..., 300:], state)

@@ -78,7 +78,8 @@ def test_reconstruction_improves_with_the_number_of_states(measure, window, boun
 
 
 @pytest.mark.parametrize("options", [{}, {"measure": "legt"}, {"alpha": 1.0},
-                                     {"channels": 2}], ids=str)
+                                     {"channels": 2}, {"dt_min": 1e-5, "dt_max": 1e-5}],
+                         ids=str)
 def test_single_precision_kernel(options):
     torch.manual_seed(0)
     layer, u = LSSL(4, 64, **options).requires_grad_(False), signal(1, 4, 1024)
@@ -91,10 +92,11 @@ def test_one_matrix_each_can_differ():
     layer = LSSL(2, 4, train_A="each", dt_min=0.1).double()
     u = signal(1, 2, 20, **DOUBLE)
     before, _ = layer(u)
-    layer.A.data[1] *= 2
-    after, _ = layer(u)
-    assert error(after[:, 0], before[:, 0]) <= 1e-12
-    assert error(after[:, 1], before[:, 1]) > 1e-3
+    for matrix in (layer.A, layer.B):
+        matrix.data[1] *= 2
+        after, _ = layer(u)
+        assert error(after[:, 0], before[:, 0]) <= 1e-12
+        assert error(after[:, 1], before[:, 1]) > 1e-3
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -105,3 +107,14 @@ def test_unstable_euler_steps_are_refused(measure):
     layer = LSSL(8, 4, measure=measure, alpha=0.0, dt_max=0.01)
     y, _ = layer(signal(1, 8, 2000))
     assert y.isfinite().all()
+    with torch.device("meta"):                          # without numbers nothing is checked
+        LSSL(8, 4, measure=measure, alpha=0.0, dt_min=0.6, dt_max=0.7)
+
+
+def test_state_of_another_device():
+    """Products with a tensor on meta are zero without an error."""
+    layer, u = LSSL(2, 4), signal(1, 2, 5)
+    state = layer.initial_state(1).to("meta")
+    for call in (lambda: layer(u, state), lambda: layer.step(u[..., 0], state)):
+        with pytest.raises(ValueError, match="^state: on meta, u is on cpu"):
+            call()
