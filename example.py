@@ -8,11 +8,11 @@
     torchrun --nproc_per_node=2 example.py --model s4d      # several processes or GPUs
 
 Sequential CIFAR-10: the network reads an image as 1024 pixels, row by row, and names its
-class at the end; the images are not augmented. The data is downloaded once (170 MB); if
-that fails, images made here replace it, unless --data cifar10 asks for the real ones. After
-ten seconds a line says how long the whole run will take. Each epoch leaves in runs/<model>/
-last.pt, from which --resume goes on, on the same machine bit for bit, best.pt (by
-validation accuracy) and metrics.csv; the test, result.json. figures/draw.py draws them.
+class at the end. The data is downloaded once (170 MB); if that fails, images made here
+replace it, unless --data cifar10 asks for the real ones. After ten seconds a line says how
+long the whole run will take. Each epoch leaves in runs/<model>/ last.pt, from which
+--resume goes on, on the same machine bit for bit, best.pt (by validation accuracy) and
+metrics.csv; the test leaves result.json.
 """
 
 import argparse
@@ -62,10 +62,9 @@ class SequenceLayer(nn.Module):
         self.activation = activation
         self.norm = nn.LayerNorm(d_model) if norm == "layer" else nn.BatchNorm1d(d_model)
         self.dropout = nn.Dropout1d(dropout)
-        if activation == "glu":
-            self.out = nn.Conv1d(d_model, 2 * d_model, 1)       # V and W
-        elif "half" in activation:
-            self.out = nn.Conv1d(d_model, d_model, 1)           # W
+        if "glu" in activation:
+            n_out = 2 * d_model if activation == "glu" else d_model     # V and W, or W
+            self.out = nn.Conv1d(d_model, n_out, 1)
 
     def normalize(self, x):
         """The norm at each step of x (b, h, l)."""
@@ -103,12 +102,10 @@ class StackedSSM(nn.Module):
     """Encoder, blocks and head, with the interface of the layers.
 
     ssm: function d_model -> state space layer, or a list of functions, one for each block
-    d_input, d_output: features of a step: a number, or several as (height, width, channels)
-        for video, whose frames are flattened into features
-    pool: True: classify by the mean of all steps so far; False: an output for every step
-    Inputs are real numbers of any type. A state is (states of the layers, sum of the steps
-    (b, h) in double precision, their number). To see n steps of what follows an initial
-    value, pass that value and n - 1 zeros, with pool=False; no output is fed back.
+    d_input, d_output: features of a step: a number or, for video, (height, width, channels)
+    pool: classify by the mean of all steps so far; without, an output for every step
+    A state is (states of the layers, sum of the steps (b, h) in float64, their number). To
+    see n steps of what follows an initial value, pass it and n - 1 zeros, with pool=False.
     """
     def __init__(self, ssm, d_input, d_output, *, d_model=128, n_layers=4, pool=True,
                  **options):
@@ -116,48 +113,39 @@ class StackedSSM(nn.Module):
         self.d_input = torch.Size([d_input] if isinstance(d_input, int) else d_input)
         self.d_output = torch.Size([d_output] if isinstance(d_output, int) else d_output)
         sizes = [d_model, n_layers, *self.d_input, *self.d_output]
-        check(min(sizes) > 0 and self.d_input and self.d_output,
-              f"{d_input=}, {d_output=}, {d_model=}, {n_layers=}: pass positive numbers")
-        functions = ssm if isinstance(ssm, list) else n_layers * [ssm]
-        check(len(functions) == n_layers,
-              f"ssm is a list of {len(functions)}, {n_layers=}: pass one for each block")
+        makers = ssm if isinstance(ssm, list) else n_layers * [ssm]
+        check(min(sizes) > 0 and self.d_input and self.d_output and len(makers) == n_layers,
+              f"{d_input=}, {d_output=}, {d_model=}, {n_layers=}: pass positive numbers; "
+              f"ssm is one function or {n_layers}, not {len(makers)}")
         self.d_model = d_model
         self.pool = pool
         self.register_buffer("mean", torch.zeros(self.d_input))
         self.register_buffer("std", torch.ones(self.d_input))
         self.encoder = nn.Linear(self.d_input.numel(), d_model)
         self.layers = nn.ModuleList(
-            SequenceLayer(function(d_model), d_model, **options) for function in functions)
+            SequenceLayer(maker(d_model), d_model, **options) for maker in makers)
         self.head = nn.Linear(d_model, self.d_output.numel())
 
     def initial_state(self, batch_size):
         states = [layer.ssm.initial_state(batch_size) for layer in self.layers]
-        total = self.mean.new_zeros(batch_size, self.d_model, dtype=torch.float64)
-        return states, total, 0
+        return states, self.mean.new_zeros(batch_size, self.d_model, dtype=torch.float64), 0
 
     def discretize(self, rate=1.0):
         return [layer.ssm.discretize(rate) for layer in self.layers]
 
-    def encode(self, x, *sizes):
-        """Features of the inputs, (*sizes, *d_input) -> (*sizes, h)."""
-        wanted = ", ".join(map(str, [*sizes, *self.d_input]))
-        check(x.shape[len(sizes):] == self.d_input and x.numel() > 0 and not x.is_complex(),
-              f"x is {tuple(x.shape)}, {x.dtype}: pass real numbers ({wanted}), not empty")
-        x = (x.to(self.mean.dtype) - self.mean) / self.std
-        return self.encoder(x.flatten(len(sizes)))
-
     def check_state(self, state, b):
         """Refuse a state that is not one of a batch of b."""
-        wanted = f"pass initial_state({b}), or what the call before returned"
-        check(state and len(state[0]) == len(self.layers) and None not in state[0],
-              f"state: {wanted}, of {len(self.layers)} layers")
-        check(state[1].shape == (b, self.d_model),
-              f"state: of (batch, features) {tuple(state[1].shape)}: {wanted}")
+        check(state and len(state[0]) == len(self.layers) and None not in state[0]
+              and state[1].shape == (b, self.d_model),
+              f"state: pass initial_state({b}), or what the call before returned")
 
     def forward(self, x, state=None, *, rate=1.0):
-        """x (b, l, *d_input), state or None -> y, next state or None; y is (b, *d_output)
-        or, without pool, (b, l, *d_output)."""
-        x = self.encode(x, "b", "l").mT                                     # (b, h, l)
+        """x (b, l, *d_input), state -> y (b, *d_output), next state. Without pool, y is
+        (b, l, *d_output); without a state, the next one is None."""
+        check(x.shape[2:] == self.d_input and x.numel() > 0,
+              f"x is {tuple(x.shape)}: pass (b, l) + {tuple(self.d_input)}, not empty")
+        x = (x.to(self.mean.dtype) - self.mean) / self.std
+        x = self.encoder(x.flatten(2)).mT                                   # (b, h, l)
         states, total, count = len(self.layers) * [None], 0, 0
         if state is not None:
             self.check_state(state, len(x))
@@ -174,11 +162,13 @@ class StackedSSM(nn.Module):
 
     def step(self, x, state, *, rate=1.0, discrete=None):
         """One step: x (b, *d_input), state -> (b, *d_output), next state."""
-        x = self.encode(x, "b")                                             # (b, h)
+        check(x.shape[1:] == self.d_input and x.numel() > 0,
+              f"x is {tuple(x.shape)}: pass (b,) + {tuple(self.d_input)}, not empty")
+        x = (x.to(self.mean.dtype) - self.mean) / self.std
+        x = self.encoder(x.flatten(1))                                      # (b, h)
         self.check_state(state, len(x))
         states, total, count = state
-        if discrete is None:
-            discrete = len(self.layers) * [None]
+        discrete = discrete or len(self.layers) * [None]
         after = []
         for layer, before, matrices in zip(self.layers, states, discrete, strict=True):
             x, now = layer.step(x, before, rate=rate, discrete=matrices)
@@ -244,12 +234,11 @@ def load_data(args):
     if args.data == "auto":
         args.data = "cifar10" if folder.exists() else "builtin"
     if args.data == "builtin":
-        arrays = [*builtin_images(2000, args.seed),
-                  *builtin_images(1000, args.seed + 10**6)]
+        data = [*builtin_images(2000, args.seed), *builtin_images(1000, args.seed + 10**6)]
     else:
         check(folder.exists(), f"no {folder}. Without it: --data builtin")
-        arrays = [*read_batches(folder, FILES[:-1]), *read_batches(folder, FILES[-1:])]
-    return [torch.from_numpy(array[:args.limit]).to(args.device) for array in arrays]
+        data = [*read_batches(folder, FILES[:-1]), *read_batches(folder, FILES[-1:])]
+    return [torch.from_numpy(array[:args.limit]).to(args.device) for array in data]
 
 
 def download(data_dir):
@@ -332,7 +321,7 @@ def train(args, net, optimizer, history, images, labels, n_test):
     sample = images[training[:5000]].float()
     net.mean.copy_(sample.mean((0, 1)))
     net.std.copy_(sample.std((0, 1)).clamp(min=1))          # not 0 for constant images
-    if not history:
+    if RANK == 0 and not history:
         save(args, net, optimizer, history)                 # the flags, for --resume
     model = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -346,24 +335,22 @@ def train(args, net, optimizer, history, images, labels, n_test):
         row["train_loss"], row["train_accuracy"] = results.mean(1).tolist()
         row["seconds"] = round(time.monotonic() - start, 2)
         scores = evaluate(args, net, images[validation], "validation")
-        right = scores.argmax(1) == labels[validation]
         row["val_loss"] = F.cross_entropy(scores, labels[validation]).item()
-        row["val_accuracy"] = right.float().mean().item()
+        row["val_accuracy"] = (scores.argmax(1) == labels[validation]).float().mean().item()
         if not math.isfinite(row["train_loss"] + row["val_loss"]):
-            finite = results[0].isfinite().sum()
-            raise FloatingPointError(f"the loss of epoch {epoch} is not finite after step "
-                                     f"{finite}. Start again in another --out, with --lr "
-                                     f"below {args.lr:g}")
+            raise FloatingPointError(
+                f"the loss of epoch {epoch} is not finite after step "
+                f"{results[0].isfinite().sum()}: start again with a lower --lr and --out")
         history.append(row)
-        save(args, net, optimizer, history)
+        if RANK == 0:
+            save(args, net, optimizer, history)
         print("epoch {epoch}: loss {train_loss:.4g}, {train_accuracy:.2%}; validation "
               "{val_loss:.4g}, {val_accuracy:.2%}; {seconds} s".format(**row), flush=True)
 
 
 def train_epoch(args, epoch, model, optimizer, images, labels, indices, rest):
-    """Train on images[indices] in random order, without what is left over, less than a
-    batch. rest: epochs after this one, with all validations and the test, for the time
-    left. Returns loss and accuracy of each step: (2, steps)."""
+    """Train on images[indices] in random order, but for what is left over, less than a
+    batch. rest: the epochs to come. Returns loss and accuracy of each step: (2, steps)."""
     seed = args.seed * 10**6 + epoch                    # a resumed run draws the same
     torch.manual_seed(seed)                             # one order for all processes
     share = min(args.batch_size, len(indices)) // WORLD
@@ -373,8 +360,7 @@ def train_epoch(args, epoch, model, optimizer, images, labels, indices, rest):
     torch.manual_seed(seed * WORLD + RANK)              # dropout of its own in each
     results = torch.zeros(2, steps, device=images.device)
     model.train()
-    progress = track(batches, f"epoch {epoch}/{args.epochs}, step", rest * steps)
-    for i, batch in enumerate(progress):
+    for i, batch in enumerate(track(batches, f"epoch {epoch}/{args.epochs}, step", rest)):
         with torch.autocast(images.device.type, torch.bfloat16, args.amp):
             scores, _ = model(images[batch])
         loss = F.cross_entropy(scores.float(), labels[batch])
@@ -390,7 +376,7 @@ def train_epoch(args, epoch, model, optimizer, images, labels, indices, rest):
 
 def track(items, what, rest=0):
     """Yield the items; after ten seconds and then every minute, print the time left for
-    them and for rest more, each as long as one of them."""
+    them and for what comes after them: rest times as many."""
     start = time.monotonic()
     due = start + 10
     for done, item in enumerate(items, 1):
@@ -398,7 +384,7 @@ def track(items, what, rest=0):
         now = time.monotonic()
         if now >= due:
             due = now + 60
-            left = round((now - start) / done * (len(items) + rest - done))
+            left = round((now - start) * ((1 + rest) * len(items) / done - 1))
             print(f"{what} {done}/{len(items)}, {timedelta(seconds=left)} left", flush=True)
 
 
@@ -446,13 +432,12 @@ def compare_modes(args, net, images, labels):
 # ---- checkpoints ----
 def save(args, net, optimizer, history):
     """best.pt if this epoch is the first with the best accuracy, metrics.csv, last.pt."""
-    if RANK > 0:
-        return
     folder = args.out / args.model
-    stored = {name: value for name, value in vars(args).items() if name not in NOT_STORED}
+    other = ["data_dir", "device", "out", "eval_limit", "resume", "eval"]
+    flags = {name: value for name, value in vars(args).items() if name not in other}
     content = io.BytesIO()
     torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(),
-                "history": history, "args": stored}, content)
+                "history": history, "args": flags}, content)
     if not history:
         folder.mkdir(parents=True, exist_ok=args.resume)    # two new runs cannot share it
     else:
@@ -472,9 +457,8 @@ def write(path, content):
         part.write_bytes(content)
         os.replace(part, path)
     except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error}") from None
-    finally:
         part.unlink(missing_ok=True)
+        raise ValueError(f"{path} cannot be written: {error}") from None
 
 
 def load(path):
@@ -492,56 +476,35 @@ def load_network(path):
     """The network of a checkpoint, for use in Python:
     scores, _ = load_network("runs/s4d/best.pt")(images)    # (b, 1024, 3), 0 to 255"""
     with torch.random.fork_rng(devices=[]):             # the seed stays in here
-        _, net, *_ = prepare(["--eval", str(path), "--device", "cpu"], "s4d")
-    return net.eval()
+        return prepare(["--eval", str(path), "--device", "cpu"], "s4d")[1].eval()
 
 
 def prepare(argv, model):
     """Flags, network, optimizer and history as they are before the next epoch."""
     args = parse(argv, model, {})
     path = args.eval or args.out / model / "last.pt"
-    saved = None
-    if args.eval:
+    check(args.eval or args.resume or not path.parent.exists(),
+          f"{path.parent} is of an earlier run: go on with --resume, or take another --out")
+    saved = {"history": []}
+    if args.eval or path.exists():
         saved = load(path)
-        args = parse(argv, None, saved["args"])
-        compare_flags(args, saved, path, ["processes", "data", "limit"])
-    elif args.resume and path.exists():
-        saved = load(path)
-        args = parse(argv, model, saved["args"])
-        compare_flags(args, saved, path, ["processes", "epochs"])
-        if saved["history"]:                            # the test will need best.pt
-            best = path.with_name("best.pt")
-            compare_flags(args, load(best), best, ["processes", "epochs"])
-    elif args.resume:
-        print(f"--resume: no {path}, so it starts from the beginning", flush=True)
-    else:
-        check(not path.parent.exists(), f"{path.parent} is of an earlier run: go on with "
-              "--resume, or take another --out")
-    try:
-        net = build_network(args).to(args.device)
-        optimizer = torch.optim.AdamW(param_groups(net, args.lr, args.weight_decay))
-        if saved:
-            net.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-    except (ImportError, KeyError, RuntimeError, ValueError) as error:
-        where = path if saved else f"--model {model}"
-        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
-    return args, net, optimizer, saved["history"] if saved else []
-
-
-def compare_flags(args, saved, path, free):
-    """Refuse flags that differ from those saved in path, but for the free ones."""
-    for name, before in saved["args"].items():
-        now = getattr(args, name)
-        flag = name.replace("_", "-")
-        check(now == before or name in free,
-              f"--{flag} is {now} here, but {before} in {path}: it has to be the same")
+        args = parse(argv, None if args.eval else model, saved["args"])
+        free = ["processes", "data", "limit"] if args.eval else ["processes", "epochs"]
+        best = [path.with_name("best.pt")] if args.resume and saved["history"] else []
+        for file in [path, *best]:                      # the test will need best.pt
+            for name, before in load(file)["args"].items():
+                now = getattr(args, name)
+                check(now == before or name in free,
+                      f"{name} is {now} here, but {before} in {file}: it must be the same")
+    net = build_network(args).to(args.device)
+    optimizer = torch.optim.AdamW(param_groups(net, args.lr, args.weight_decay))
+    if "model" in saved:
+        net.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    return args, net, optimizer, saved["history"]
 
 
 # ---- the command line ----
-NOT_STORED = ["data_dir", "device", "out", "eval_limit", "resume", "eval"]
-
-
 def parse(argv, model, stored):
     """All flags: as in argv, or else as stored, or else those of the model, or as usual."""
     parser = argparse.ArgumentParser(
@@ -587,8 +550,7 @@ def parse(argv, model, stored):
 
 def run(args, net, optimizer, history):
     """Train and test one model, or only test it. Returns a line with the result."""
-    folder = args.out / args.model
-    result = folder / "result.json"
+    result = args.out / args.model / "result.json"
     if args.resume and history and len(history) >= args.epochs and result.exists():
         return f"{args.model}: already finished, {result}: {result.read_text('latin-1')}"
     size = sum(parameter.numel() for parameter in net.parameters())
@@ -601,7 +563,7 @@ def run(args, net, optimizer, history):
         train(args, net, optimizer, history, images, labels, len(test_images))
         if RANK > 0:
             return None
-        net.load_state_dict(load(folder / "best.pt")["model"])
+        net.load_state_dict(load(result.with_name("best.pt"))["model"])
     modes = compare_modes(args, net, test_images, test_labels)
     seconds = float(np.median([row["seconds"] for row in history] or [0]))
     results = {"parameters": size, "seconds per epoch": seconds, "modes": modes}
@@ -646,8 +608,7 @@ def main(argv):
 
 
 def keep_freed_memory():
-    """Have Linux keep freed memory, not clear it anew: a training step on a CPU is 1.8 to 2
-    times as fast at batch 64, 1.1 times at 16."""
+    """Have Linux keep freed memory: on a CPU a step at batch 64 takes half the time."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)                        # the numbers are those of malloc.h
         libc.mallopt(-4, 0)                             # M_MMAP_MAX: one heap for all sizes

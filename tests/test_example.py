@@ -89,6 +89,12 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
+def change_flags(path, **flags):
+    saved = load(path)
+    saved["args"] |= flags
+    torch.save(saved, path)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """One finished run of three epochs: its folder and what it printed."""
@@ -322,7 +328,7 @@ def test_sums_and_inputs_in_any_precision():
     net = network()
     x = torch.randint(256, (2, 100, 3))
     states, total, _ = net.initial_state(2)
-    start = (states, total + 2 ** 25, 2 ** 24)
+    start = (states, total + 2**25, 2**24)
     whole, (_, after, count) = net(x, start)
     for dtype in (torch.uint8, torch.float64, torch.bfloat16):
         assert torch.equal(net(x.to(dtype), start)[0], whole)
@@ -331,13 +337,9 @@ def test_sums_and_inputs_in_any_precision():
         y, state = net.step(x_k.double(), state)
     for piece in x.split(30, 1):
         z, pieces = net(piece, pieces)
-    assert whole.dtype == y.dtype == torch.float32
-    assert count == state[2] == pieces[2] == 2 ** 24 + 100
-    for one, scores in ((state, y), (pieces, z)):
-        assert torch.allclose(one[1] - 2 ** 25, after - 2 ** 25, rtol=1e-5, atol=1e-4)
-        assert torch.allclose(scores, whole, atol=1e-6)
-    with pytest.raises(ValueError, match="complex64: pass real numbers"):
-        net(x + 0j)
+    for scores, one in ((y, state), (z, pieces)):
+        assert torch.allclose(one[1] - 2**25, after - 2**25, atol=1e-4)
+        assert torch.allclose(scores, whole, atol=1e-6) and one[2] == count == 2**24 + 100
 
 
 def test_a_list_of_layers():
@@ -345,23 +347,9 @@ def test_a_list_of_layers():
     net = example.StackedSSM([lambda h: S5(h, 8), lambda h: S4D(h, 4)], 3, 10, d_model=8,
                              n_layers=2)
     assert [type(layer.ssm) for layer in net.layers] == [S5, S4D]
-    y, _ = net.eval()(torch.randn(2, 5, 3))
-    assert y.shape == (2, 10)
-    with pytest.raises(ValueError, match="a list of 1, n_layers=2: pass one for each"):
+    assert net.eval()(torch.randn(2, 5, 3))[0].shape == (2, 10)
+    with pytest.raises(ValueError, match="ssm is one function or 2, not 1"):
         example.StackedSSM([lambda h: S5(h, 8)], 3, 10, d_model=8, n_layers=2)
-
-
-def test_rollout_from_an_initial_value():
-    """That value and zeros: what the network goes on to say without input."""
-    net = network(pool=False).double()
-    first = torch.randn(2, 1, 3, dtype=torch.double)
-    whole, _ = net(torch.cat([first, torch.zeros(2, 9, 3)], 1))
-    y, state = net(first, net.initial_state(2))
-    outputs = [y[:, 0]]
-    for _ in range(9):
-        y, state = net.step(torch.zeros(2, 3), state)
-        outputs.append(y)
-    assert torch.allclose(torch.stack(outputs, 1), whole)
 
 
 @pytest.mark.parametrize("piece", [None, 7, 1])
@@ -459,9 +447,9 @@ def test_input_of_another_shape_is_refused():
     net = network()
     state = net.initial_state(2)
     for shape in ((2, 40, 1), (2, 40, 4), (2, 40), (2, 40, 3, 1), (2, 0, 3), (0, 2, 3), (3,)):
-        with pytest.raises(ValueError, match=r"pass real numbers \(b, l, 3\), not empty"):
+        with pytest.raises(ValueError, match=r"pass \(b, l\) \+ \(3,\), not empty"):
             net(torch.randn(shape))
-        with pytest.raises(ValueError, match=r"pass real numbers \(b, 3\), not empty"):
+        with pytest.raises(ValueError, match=r"pass \(b,\) \+ \(3,\), not empty"):
             net.step(torch.randn(shape), state)
     with pytest.raises(ValueError):
         net.step(torch.randn(2, 3), state, discrete=net.discretize()[:1])
@@ -477,7 +465,7 @@ def test_state_of_another_kind_is_refused():
             (), 0, {}]
     for state in bad:
         for call, x in ((net, torch.randn(2, 4, 3)), (net.step, torch.randn(2, 3))):
-            with pytest.raises(ValueError, match=r"state: .*pass initial_state\(2\)"):
+            with pytest.raises(ValueError, match=r"state: pass initial_state\(2\)"):
                 call(x, state)
     with pytest.raises(ValueError, match=r"state: pass initial_state\(2\)"):
         net.step(torch.randn(2, 3), None)
@@ -600,14 +588,11 @@ def test_a_trained_network_in_python(trained):
 def test_evaluation_on_other_images_and_another_device(copy, capsys):
     """A network trained on CIFAR-10, where there is no CIFAR-10."""
     path = copy / "s4d" / "best.pt"
-    checkpoint = load(path)
-    checkpoint["args"]["data"] = "cifar10"
-    torch.save(checkpoint, path)
+    change_flags(path, data="cifar10")
     flags = ["--eval", path, "--device", "cpu", "--eval-limit", "2", "--data", "builtin"]
     example.main([str(flag) for flag in flags])
     assert "builtin: 40 images" in capsys.readouterr().out
-    checkpoint["args"] |= {"data": "builtin", "device": "meta"}
-    torch.save(checkpoint, path)
+    change_flags(path, data="builtin", device="meta")
     args, net, *_ = prepare("--eval", path)
     tensors = [*net.state_dict().values(), *example.load_data(args)]
     assert all(tensor.is_meta for tensor in tensors)
@@ -681,27 +666,18 @@ def test_a_finished_run_says_so_and_shows_its_result(copy, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, values", [
-    (["--d-model", "16"], "--d-model is 16 here, but 8"),
-    (["--prenorm"], "--prenorm is True here, but False"),
-    (["--lr", "0.1"], "--lr is 0.1 here, but 0.01")])
+    (["--d-model", "16"], "d_model is 16 here, but 8"),
+    (["--prenorm"], "prenorm is True here, but False"),
+    (["--lr", "0.1"], "lr is 0.1 here, but 0.01"),
+    (["--limit", "20"], "limit is 20 here, but 40")])
 def test_flags_that_contradict_the_checkpoint(trained, capsys, flags, values):
     out, _ = trained
     evaluate, resume = ["--eval", out / "best.pt"], ["--resume", "--out", out.parent]
     for argv, file in ((evaluate, "best.pt"), (resume, "last.pt")):
+        if argv is evaluate and "--limit" in flags:         # on as many as one likes
+            continue
         message = refusal([*argv, *flags], capsys)
-        assert message == f"{values} in {out / file}: it has to be the same"
-
-
-def test_another_limit_is_refused(trained, capsys):
-    """It would validate on other images, and compare that with the best before."""
-    flags = ["--resume", "--out", trained[0].parent, "--epochs", "4", "--limit", "20"]
-    assert "--limit is 20 here, but 40" in refusal(flags, capsys)
-
-
-def change_flags(path, **flags):
-    saved = load(path)
-    saved["args"] |= flags
-    torch.save(saved, path)
+        assert message == f"{values} in {out / file}: it must be the same"
 
 
 def test_best_is_missing_or_of_another_run(copy, capsys, monkeypatch):
@@ -709,26 +685,13 @@ def test_best_is_missing_or_of_another_run(copy, capsys, monkeypatch):
     best = copy / "s4d" / "best.pt"
     resume = ["--resume", "--out", copy, "--epochs", "4"]
     change_flags(best, seed=1)
-    assert f"--seed is 0 here, but 1 in {best}" in refusal(resume, capsys)
+    assert f"seed is 0 here, but 1 in {best}" in refusal(resume, capsys)
     change_flags(best, seed=0, model="lru")
-    assert f"--model is s4d here, but lru in {best}" in refusal(resume, capsys)
+    assert f"model is s4d here, but lru in {best}" in refusal(resume, capsys)
     best.write_bytes(b"x")
     assert f"{best} is damaged, or no checkpoint" in refusal(resume, capsys)
     best.unlink()
     assert f"{best}: there is no such file" in refusal(resume, capsys)
-
-
-@pytest.mark.parametrize("lacking", ["head.bias", "param_groups"])
-def test_a_checkpoint_that_lacks_a_key(copy, capsys, lacking):
-    path = copy / "s4d" / "last.pt"
-    checkpoint = load(path)
-    for part in ("model", "optimizer"):
-        checkpoint[part].pop(lacking, None)
-    torch.save(checkpoint, path)
-    resume = ["--resume", "--out", copy, "--epochs", "4"]
-    for message in (refusal(resume, capsys), refusal(["--eval", path], capsys)):
-        missing = 'Missing key(s) in state_dict: "head.bias"'
-        assert "last.pt" in message or missing in message
 
 
 def test_two_runs_in_one_folder(tmp_path, capsys, monkeypatch):
@@ -749,23 +712,16 @@ def test_two_runs_in_one_folder(tmp_path, capsys, monkeypatch):
         example.run(*first)
     assert started == [[]]
     assert f"{tmp_path / 's4d'} is of an earlier run" in messages[0]
-    assert "--seed is 1 here, but 0 in" in messages[1]
+    assert "seed is 1 here, but 0 in" in messages[1]
 
 
 def test_model_that_contradicts_the_checkpoint(copy, capsys):
     last = copy / "s4d" / "last.pt"
     change_flags(last, model="lru")
     message = refusal(["--resume", "--out", copy], capsys)
-    assert f"--model is s4d here, but lru in {last}" in message
+    assert f"model is s4d here, but lru in {last}" in message
     message = refusal(["--eval", last, "--model", "s5"], capsys)
-    assert f"--model is s5 here, but lru in {last}" in message
-
-
-def test_a_new_run_does_not_overwrite_an_older_one(copy, capsys):
-    before = files(copy / "s4d")
-    message = refusal([*TINY, "--out", copy], capsys)
-    assert "earlier run" in message and "--resume" in message and "--out" in message
-    assert before == files(copy / "s4d")
+    assert f"model is s5 here, but lru in {last}" in message
 
 
 def test_interrupted_before_the_first_checkpoint(tmp_path, monkeypatch, capsys):
@@ -780,16 +736,14 @@ def test_interrupted_before_the_first_checkpoint(tmp_path, monkeypatch, capsys):
     assert "epoch 1: loss" in capsys.readouterr().out
     saved = load(tmp_path / "s4d" / "last.pt")
     assert saved["args"]["d_model"] == 8 and len(saved["history"]) == 1
-    shutil.rmtree(tmp_path / "s4d")
-    run(tmp_path, "--epochs", "1", "--resume")
-    assert "last.pt, so it starts from the beginning" in capsys.readouterr().out
-    assert same_weights(tmp_path / "s4d" / "last.pt", tmp_path / "s4d" / "best.pt")
+    run(tmp_path / "new", "--epochs", "1", "--resume")      # where there is nothing yet
+    assert same_weights(*(out / "s4d" / "last.pt" for out in (tmp_path, tmp_path / "new")))
 
 
 def test_a_diverged_run_stops(tmp_path, capsys):
     message = refusal([*TINY, "--out", tmp_path, "--lr", "1e9"], capsys)
-    assert "the loss of epoch 1 is not finite after step 1." in message
-    assert "Start again in another --out, with --lr below 1e+09" in message
+    assert "the loss of epoch 1 is not finite after step 1:" in message
+    assert "start again with a lower --lr" in message
     assert [path.name for path in (tmp_path / "s4d").iterdir()] == ["last.pt"]
     assert load(tmp_path / "s4d" / "last.pt")["history"] == []
 
@@ -799,7 +753,7 @@ def test_a_run_that_diverges_later_keeps_its_checkpoint(copy, capsys, monkeypatc
         return torch.full((len(x), 10), float("inf"))
 
     monkeypatch.setattr(example, "evaluate", infinite)
-    before = files(copy / "s4d", but=["result.json"])
+    before = files(copy / "s4d")
     message = refusal(["--out", copy, "--resume", "--epochs", "9"], capsys)
     assert "epoch 4 is not finite after step 4" in message
     assert before == files(copy / "s4d")
@@ -857,7 +811,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     (["--model", "all", "--eval", "best.pt"], "best.pt: there is no such file"),
     (["--resume", "--eval", "best.pt"], "not allowed with argument"),
     (["--d-state", "3"], "even"),
-    (["--model", "gss", "--d-model", "6"], "--model gss: bottleneck=4"),
+    (["--model", "gss", "--d-model", "6"], "bottleneck=4: pass a divisor of d_model = 6"),
     (["--device", "cuda"], "'cuda' (choose from")])
 def test_bad_flags(flags, message, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -867,12 +821,12 @@ def test_bad_flags(flags, message, capsys, tmp_path, monkeypatch):
 def test_progress_and_the_time_left(monkeypatch, capsys):
     clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(example, "time", clock)
-    for rest in (8, 1e5):
+    for rest in (2, 1e5):
         for _ in example.track(range(6), "step", rest):
             clock.now += 12
     assert capsys.readouterr().out == (
-        "step 1/6, 0:02:36 left\nstep 6/6, 0:01:36 left\n"
-        "step 1/6, 13 days, 21:21:00 left\nstep 6/6, 13 days, 21:20:00 left\n")
+        "step 1/6, 0:03:24 left\nstep 6/6, 0:02:24 left\n"
+        "step 1/6, 83 days, 8:01:00 left\nstep 6/6, 83 days, 8:00:00 left\n")
 
 
 def test_evaluation_and_training_show_progress(tmp_path, monkeypatch):
@@ -884,9 +838,9 @@ def test_evaluation_and_training_show_progress(tmp_path, monkeypatch):
 
     monkeypatch.setattr(example, "track", track)
     run(tmp_path, "--epochs", "2")
-    test = 4 * (40 + 2) / 36                    # images, and two of them pixel by pixel
+    test = (40 + 2) / 36                    # images, and two of them pixel by pixel
     assert shown[:4] == [
-        ("epoch 1/2, step", 4, round(1.04 * 4 + test, 2)), ("validation, batch", 1, 0),
+        ("epoch 1/2, step", 4, round(1.04 + test, 2)), ("validation, batch", 1, 0),
         ("epoch 2/2, step", 4, round(test, 2)), ("validation, batch", 1, 0)]
     assert ("pixel by pixel, batch", 1, 0) in shown
 
@@ -911,8 +865,8 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
 def test_all_models_are_looked_at_before_the_first_starts(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(example, "run", None)
     flags = [*TINY, "--model", "all", "--out", tmp_path]
-    assert "gss: bottleneck" in refusal([*flags, "--d-model", "6"], capsys)
-    (tmp_path / "lru").mkdir(parents=True)
+    assert "bottleneck=4" in refusal([*flags, "--d-model", "6"], capsys)
+    (tmp_path / "lru").mkdir()
     assert "lru is of an earlier run" in refusal(flags, capsys)
 
 
