@@ -120,7 +120,7 @@ class S5(nn.Module):
         z = dt * Lambda
         if self.disc == "bilinear":
             return (1 + z / 2) / (1 - z / 2), dt / (1 - z / 2)
-        limit = dt * (1 + z / 2 + z ** 2 / 6)           # for Lambda = 0
+        limit = dt * (1 + z / 2 + z ** 2 / 6)           # with two derivatives
         hold = torch.expm1(z) / torch.where(Lambda == 0, 1, Lambda)     # exp(z) - 1
         return torch.exp(z), torch.where(Lambda == 0, limit, hold)
 
