@@ -4,7 +4,6 @@ import csv
 import functools
 import hashlib
 import importlib
-import io
 import itertools
 import json
 import os
@@ -124,23 +123,6 @@ def test_builtin_images_come_from_the_seed():
     assert not np.array_equal(images, draw(500, 1)[0])
 
 
-def test_builtin_images_need_more_than_neighbouring_pixels():
-    """A convolution of nine pixels and a mean do not find the class."""
-    torch.manual_seed(0)
-    x, y = map(torch.from_numpy, example.builtin_images(1500, 0))
-    x = x.mT.float().sub(128).div(64)                       # (n, 3, 1024)
-    model = nn.Sequential(nn.Conv1d(3, 16, 9, padding=4), nn.ReLU(),
-                          nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(16, 10))
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for _ in range(8):
-        for batch in torch.randperm(1000).split(125):
-            loss = F.cross_entropy(model(x[batch]), y[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    assert (model(x[1000:]).argmax(1) == y[1000:]).float().mean() < 0.5
-
-
 def records(n, seed=0):
     """n random CIFAR-10 records (n, 3073) uint8."""
     r = np.random.default_rng(seed).integers(0, 256, (n, 3073), np.uint8)
@@ -179,37 +161,28 @@ def test_cifar_is_read_from_the_folder(tmp_path, capsys):
     assert f"{folder}: 26 images in 5 files, not 10,000 in one\n" in capsys.readouterr().out
 
 
-def cut_short(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def label_ten(path):
-    path.write_bytes(b"\x0a" + path.read_bytes()[1:])
-
-
-@pytest.mark.parametrize("damage", [Path.unlink, cut_short, label_ten])
+@pytest.mark.parametrize("damage", [None, lambda raw: raw[:-1], lambda raw: b"x" + raw[1:]])
 def test_damaged_files_are_named(tmp_path, damage):
-    damage(write_cifar(tmp_path / example.FOLDER) / "data_batch_3.bin")
-    message = f"data_batch_3.bin is missing, or not records .* delete {tmp_path}"
+    """One is missing, is cut, or has a label above 9."""
+    path = write_cifar(tmp_path / example.FOLDER) / "data_batch_3.bin"
+    raw = path.read_bytes()
+    path.unlink()
+    if damage:
+        path.write_bytes(damage(raw))
+    message = f"{path} is missing, or not records .* delete {path.parent}, and"
     with pytest.raises(ValueError, match=message):
         load_data(tmp_path)
 
 
-def serve(monkeypatch, folder, more=()):
-    """Have the example download an archive of the folder, and of more files by name."""
-    path = folder.parent / "cifar.tar.gz"
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """An archive of 1,000 images for training and 200 for the test, to be downloaded."""
+    path = tmp_path / "cifar.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
-        tar.add(folder, example.FOLDER)
-        for name in more:
-            tar.add(__file__, name)
+        tar.add(write_cifar(tmp_path / "source", 200), example.FOLDER)
     monkeypatch.setattr(example, "URL", path.as_uri())
     monkeypatch.setattr(example, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     return path
-
-
-@pytest.fixture
-def archive(tmp_path, monkeypatch):
-    return serve(monkeypatch, write_cifar(tmp_path / "source" / example.FOLDER, 200))
 
 
 def test_download(archive, tmp_path):
@@ -244,15 +217,6 @@ def test_failed_download(archive, tmp_path, capsys, monkeypatch):
     assert "data, and the download failed: invalid hash" in capsys.readouterr().out
     assert len(load_data(tmp_path / "data", "auto", limit=20)[0]) == 20
     assert not list((tmp_path / "data").iterdir())
-
-
-def test_an_archive_that_points_out_of_its_folder(tmp_path, monkeypatch, capsys):
-    folder = write_cifar(tmp_path / "source" / example.FOLDER)
-    serve(monkeypatch, folder, ["../../evil.txt"])
-    with pytest.raises(ValueError, match="Without it"):
-        load_data(tmp_path / "a" / "data")
-    assert "evil.txt" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "a").rglob("*")] == ["data"]
 
 
 # ---- network ----
@@ -343,7 +307,6 @@ def test_sums_and_inputs_in_any_precision():
 
 
 def test_a_list_of_layers():
-    """The specification's ssm_first_layer: one function for each block."""
     net = example.StackedSSM([lambda h: S5(h, 8), lambda h: S4D(h, 4)], 3, 10, d_model=8,
                              n_layers=2)
     assert [type(layer.ssm) for layer in net.layers] == [S5, S4D]
@@ -508,7 +471,6 @@ def test_training_writes_everything(trained):
     assert len(result["modes"]) == 5 and "pixel by pixel" in output
     for mode in result["modes"].values():
         assert mode.keys() == {"accuracy", "images", "unlike whole", "ms per image"}
-        assert 0 < mode["ms per image"] < 10000
     assert result["seconds per epoch"] == np.median([float(row["seconds"]) for row in rows])
     assert max(map(len, output.splitlines())) <= 80
 
@@ -648,11 +610,10 @@ def test_going_on_longer_lays_the_schedule_anew(copy, monkeypatch):
 
     monkeypatch.setattr(example, "train_epoch", spy)
     seen = []
-    run(copy / "fresh", "--epochs", "2")
+    run(copy / "fresh", "--epochs", "2", "--amp", "--norm", "batch")
+    assert load(copy / "fresh" / "s4d" / "last.pt")["args"]["amp"] is True
     run(copy, "--epochs", "5", "--resume")
     assert seen == [(1, 2), (2, 2), (4, 5), (5, 5)]
-    saved = load(copy / "s4d" / "last.pt")
-    assert len(saved["history"]) == saved["args"]["epochs"] == 5
 
 
 def test_a_finished_run_says_so_and_shows_its_result(copy, capsys, monkeypatch):
@@ -759,19 +720,15 @@ def test_a_run_that_diverges_later_keeps_its_checkpoint(copy, capsys, monkeypatc
     assert before == files(copy / "s4d")
 
 
-def saved(content):
-    """The bytes of the file that torch.save writes."""
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("content", [
-    b"", b"model,loss\n", saved([1, 2]), saved({"model": {}}),
-    saved({"model": {}, "optimizer": {}, "history": [], "args": {}})[:-100]])
+@pytest.mark.parametrize("content", [b"", b"model,loss\n", [1, 2], {"model": {}}, "cut"])
 def test_a_file_that_is_no_checkpoint(copy, capsys, content):
     path = copy / "s4d" / "last.pt"
-    path.write_bytes(content)
+    if content == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
     message = f"{path} is damaged, or no checkpoint"
     assert message in refusal(["--resume", "--out", copy], capsys)
     assert message in refusal(["--eval", path], capsys)
@@ -896,12 +853,6 @@ def test_a_model_that_diverges_does_not_stop_the_others(tmp_path, capsys, monkey
         example.main([str(flag) for flag in flags])
     assert "s4d: the loss of epoch 1 is not finite" in error.value.code
     assert capsys.readouterr().out.splitlines()[-1].startswith("lru: ")     # the result
-
-
-def test_amp_and_batch_norm_train(tmp_path):
-    run(tmp_path, "--epochs", "1", "--amp", "--norm", "batch")
-    checkpoint = load(tmp_path / "s4d" / "last.pt")
-    assert checkpoint["args"]["amp"] is True and len(checkpoint["history"]) == 1
 
 
 def test_all_models_are_compared(tmp_path, capsys, monkeypatch):
