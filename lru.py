@@ -194,7 +194,7 @@ def combine(first, second):
     """(3): two steps in a row as one step. A step is the pair (a, v) of x -> a x + v."""
     a, v = first
     a_next, v_next = second
-    return a_next * a, a_next * v + v_next
+    return a_next * a, torch.addcmul(v_next, a_next, v)
 
 
 def loop_scan(a, v, x):
@@ -245,13 +245,13 @@ def fft_scan(a, v, x):
     """The same by FFT, in double precision: v convolved with the powers of a, per state.
     l zeros keep the FFT, which convolves on a circle, from wrapping around."""
     l = v.shape[-2]
-    a_k = powers(a, l + 1)                                          # (l + 1, n)
+    a_k = all_powers(a, l + 1)                                          # (l + 1, n)
     product = torch.fft.fft(v.to(a.dtype), 2 * l, -2) * torch.fft.fft(a_k[:l], 2 * l, -2)
     states = torch.fft.ifft(product, dim=-2)[..., :l, :]
     return (states + a_k[1:] * x[..., None, :]).to(v.dtype)
 
 
-def powers(a, count):
+def all_powers(a, count):
     """1, a, a^2, ... by doubling: a (n) -> (count, n)."""
     x = torch.ones_like(a)[None]
     while len(x) < count:

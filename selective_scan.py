@@ -259,7 +259,7 @@ class GroupScan(torch.autograd.Function):
 
         gx_k = C_k gy_k + a_{k+1} gx_{k+1},                                            (4)
 
-    from the end to the beginning. The x between blocks are kept, the others made again.
+    beginning at the end. The x between blocks are kept, the others made again.
     """
     generate_vmap_rule = True                           # for torch.func
 
