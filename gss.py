@@ -151,9 +151,10 @@ class GSS(nn.Module):
         if method == "step":
             return self.recurrence(u, state, rate)
         l = u.shape[-1]
+        K = self.kernel(l, rate)                                # (h, l)
         w = u.to(self.D.dtype).mT.contiguous()                  # (b, l, d), for the maps
         v = self.enter(w).mT.to(w.dtype).contiguous()           # (b, h, l)
-        y = fft_conv(v, self.kernel(l, rate)) + self.D[:, None] * v         # (3)
+        y = fft_conv(v, K) + self.D[:, None] * v                # (3)
         last = None
         if state is not None:
             # a state x adds C A_bar^{k+1} x to y_k, and A_bar^l x to the last state

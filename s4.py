@@ -7,15 +7,14 @@ Each of the h features u(t) drives a linear system of its own, with n states:
 
     x'(t) = A x(t) + B u(t),    y(t) = C x(t) + D u(t).                            (1)
 
-Sampled every dt, with u held before each sample, this is a recurrence, and unrolled, from
-x_{-1} = 0, a convolution:
+Sampled every dt, this is a recurrence, and unrolled, from x_{-1} = 0, a convolution:
 
     x_k = A_bar x_{k-1} + B_bar u_k,    y_k = C x_k + D u_k,                       (2)
     y = K * u + D u,    K_k = C A_bar^k B_bar.                                     (3)
 
 What was wrong before. HiPPO-LegS, which makes long memory work, is dense, and cannot be
 diagonalized in floating point: the condition of its eigenvectors is exponential in n. So
-lssl.py takes n^2 operations for a step and n^3 log l for a kernel.
+lssl.py takes n^2 operations for a step and, by powers of A_bar, n^3 log l for a kernel.
 
 The idea. HiPPO is normal plus low rank, and a normal matrix has unitary eigenvectors V:
 
@@ -26,20 +25,26 @@ From here on A, B, C and x are in that basis. The bilinear transform,
     A_bar = (1 - dt/2 A)^{-1} (1 + dt/2 A),    B_bar = (1 - dt/2 A)^{-1} dt B,     (5)
 
 inverts diagonal plus low rank, so by the Woodbury identity A_bar is diagonal minus low
-rank: a step takes O(n r) operations, see discretize(). And with s = 2 (1 - z) / (1 + z) the
-sum of all K_k z^k needs A only in a resolvent,
+rank: a step takes O(n r) operations, see discretize(). And the generating function of K, at
+a complex z with |z| < 1 and with s = 2 (1 - z) / (1 + z), needs A only in a resolvent:
 
     sum_k K_k z^k = C (1 - z A_bar)^{-1} B_bar = 2/(1+z) C (s - dt A)^{-1} dt B.   (6)
 
 G = dt (s - dt Lambda)^{-1} is diagonal, which makes CB = C G B, CP = C G P, PB = P* G B and
-PP = P* G P sums over n of some v / (s - w), Cauchy sums. Woodbury puts them together:
+PP = P* G P Cauchy sums, sum_n v_n / (s - w_n) with w = dt Lambda. Woodbury combines them:
 
     C (s - dt A)^{-1} dt B = CB - CP (1 + PP)^{-1} PB.                             (7)
 
 An inverse FFT takes (6), for l numbers z on a circle, back to K. Differs from the paper:
-the circle has a radius q < 1, with q^l = 1e-8, so that the FFT adds q^l K_{k+l} + ... to
-K_k, 1e-8 of a later K. With q = 1, as there, the parameter has to be C (1 - A_bar^l), for
-one length and one rate. And P P* for P Q* keeps a trained A stable (2202.09729).
+the circle has a radius q < 1, q^l = 1e-8. So the FFT gives q^k (K_k + q^l K_{k+l} + ..),
+with 1e-8 of a later K, and division by q^k turns rounding, 1e-16 in float64, into 1e-8:
+half of the digits stay, as many as float32 has. With q = 1, as there, the parameter has to
+be C (1 - A_bar^l), for one length and rate. P P* for P Q* keeps A stable (2202.09729).
+
+When do the sums pay? They take n l operations and no n^3: at n = 128 and l = 256 a tenth of
+the time of dense powers. At n = 64 both are equal at l = 1024, and at 4096 the powers take
+a quarter. So kernel() takes the sums for l < 16 n alone, and powers, as in lssl.py, for
+longer kernels, in float64, and for a state in a convolution.
 
 Why bilinear? Zero-order hold needs the exponential of a dense matrix, and has no (6).
 Why n/2? Eigenvalues come in conjugate pairs (0 in fout twice), as do B, C, P and x. The
@@ -51,6 +56,7 @@ C (m, h, n/2) complex; K (m h, l); dt (h), D (m, h).
 """
 
 import math
+import numbers
 
 import torch
 from torch import nn
@@ -75,10 +81,10 @@ class S4(nn.Module):
     channels: m outputs for each feature: channel c of feature i is output c h + i
     bidirectional: add sum_{j >= 1} K'_{j-1} u_{k+j}, K' that of a second C; no state then
     gate, bottleneck: put the SSM in the Block of gss.py
-    l_max: disc dss normalizes over so many steps, at rate 1; longer l go on, as in dss.py
+    l_max: of disc dss, see dss.py
     dt_min, dt_max: step sizes start log-uniform in between, in the unit of time of A
-    lr: learning rate of dt, A and B, stored in ssm_lr for the optimizer; or a dict of
-        these three (1e-3 if left out). 0.0 freezes
+    lr: learning rate of dt, A and B, or a dict of the three (1e-3 if left out), for you to
+        pass to the optimizer: see ssm_lr, and param_groups in example.py. 0.0 freezes
     """
 
     def __init__(self, d_model, d_state=64, *, mode="nplr", measure="legs", disc=None,
@@ -110,18 +116,15 @@ class S4(nn.Module):
 
     def continuous(self, rate):
         """Lambda, P, B, C complex128 and dt (h, 1) of each of the h features."""
-        if isinstance(rate, (torch.Tensor, list)) or not 0 < rate < math.inf:
-            raise ValueError(f"{rate=}: pass one positive number; for irregular sampling, "
-                             "call step with a rate of its own for each sample")
-        check(self.D.dtype.itemsize > 2, f"parameters are {self.D.dtype}: use autocast")
+        check_rate(rate, self)
         real = decay(self.log_A_real.double(), self.real_type)  # -Re Lambda
         repeats = self.h // real.shape[0]                       # of each of the copies
         Lambda = torch.complex(-real, self.A_imag.double()).tile(repeats, 1)      # (h, n/2)
-        B = torch.view_as_complex(self.B.double()).tile(repeats, 1)
-        C = torch.view_as_complex(self.C.double())              # (m, h, n/2)
+        B = torch.complex(*self.B.double().unbind(-1)).tile(repeats, 1)
+        C = torch.complex(*self.C.double().unbind(-1))          # (m, h, n/2)
         P = B[None][:0]                                         # r = 0 in mode diag
         if self.P is not None:
-            P = torch.view_as_complex(self.P.double()).tile(repeats, 1)     # (r, h, n/2)
+            P = torch.complex(*self.P.double().unbind(-1)).tile(repeats, 1)  # (r, h, n/2)
         return Lambda, P, B, C, rate * self.log_dt.double().exp()[:, None]
 
     def discretize(self, rate=1.0):
@@ -135,8 +138,8 @@ class S4(nn.Module):
         R = 1 / (1 - dt / 2 * Lambda)
         S = P.conj() * R
         PRP = over_pairs(S[:, None], P).permute(2, 0, 1)        # (h, r, r)
-        one = torch.eye(P.shape[0], dtype=dt.dtype, device=dt.device)
-        inverse = torch.linalg.inv(one + dt[..., None] / 2 * PRP)
+        eye = torch.eye(P.shape[0], dtype=dt.dtype, device=dt.device)
+        inverse = torch.linalg.inv(eye + dt[..., None] / 2 * PRP)
         Q = torch.einsum("qhn,hqr->rhn", dt * R * P, inverse.to(P.dtype))
         B_bar = dt * (R * B - low_rank(Q, S, B) / 2)
         return 2 * R - 1, B_bar, Q, S, C
@@ -148,28 +151,30 @@ class S4(nn.Module):
     def step(self, u, state, *, rate=1.0, discrete=None):
         """(2) once, in O(n r): u (b, d_model), state (b, h, n/2) -> y (b, m d_model), next
         state. discrete: what discretize(rate) returned, to use it for many steps."""
-        self.check_input(u, 2, state)
+        check(not self.bidirectional, "bidirectional=True: it has no state and no step")
+        check_input(u, 2, self.d_model, state, (self.h, self.n // 2))
         check(discrete is None or rate == 1.0, "rate is in discrete: pass it to discretize")
         a, B_bar, Q, S, C = discrete or self.discretize(rate)
-        w = u.to(self.D.dtype)
-        v = self.block.enter(w)                                         # (b, h)
-        x = a * state - low_rank(Q, S, state) + B_bar * v[..., None]    # (b, h, n/2)
-        y = over_pairs(C, x[:, None]) + self.D * v[:, None]             # (b, m, h)
-        return self.block.leave(y.flatten(1).to(w.dtype), w).to(u.dtype), x
+        check(a.shape == state.shape[1:], "discrete: it was made by another layer")
+        dtype = u.dtype
+        outer = u.to(self.D.dtype)
+        u = self.block.enter(outer)                                     # (b, h)
+        x = a * state - low_rank(Q, S, state) + B_bar * u[..., None]    # (b, h, n/2)
+        y = over_pairs(C, x[:, None]) + self.D * u[:, None]             # (b, m, h)
+        return self.block.leave(y.flatten(1).to(outer.dtype), outer).to(dtype), x
 
     def kernel(self, l, rate=1.0):
         """(3), of the SSM alone: K_0 ... K_{l-1}, (m h, l). Bidirectional: (2 m h, l), the
         kernels for the past before those for the future."""
         if l < 1:
             raise ValueError(f"{l=}: pass a positive length")
-        # Cauchy sums, but powers of A_bar for longer l (cheaper), for float64 (the sums are
-        # good to 1e-7 only), and where A may be unstable (then q^l K_{k+l} is large)
-        short = self.mode == "nplr" and l <= 32 * self.n and self.real_type != "none"
+        # Cauchy sums where they are faster, measured on a CPU, but not in float64 (with l
+        # numbers z they have 8 digits), nor where A may be unstable (q^l K_{k+l} is large)
+        short = self.mode == "nplr" and l < 16 * self.n and self.real_type != "none"
         if short and self.D.dtype == torch.float32:
             K = cauchy_kernel(*self.continuous(rate), l)                # (m, h, l)
         else:
-            dtype = torch.float64 if self.mode == "nplr" else self.D.dtype
-            K = power_kernel(self.discretize(rate), l, dtype)
+            K = power_kernel(self.discretize(rate), l, self.D.dtype)
         return K.to(self.D.dtype).flatten(0, 1)
 
     def forward(self, u, state=None, *, rate=1.0, method="conv"):
@@ -179,24 +184,25 @@ class S4(nn.Module):
         method: conv, (3), whose rounding errors are in proportion to max |u|, or step, (2)
         Raises ValueError for a u, state, rate or method that does not fit.
         """
-        self.check_input(u, 3, state)
+        one_way = state is None or not self.bidirectional
+        check(one_way, "bidirectional=True: it has no state and no step")
+        check_input(u, 3, self.d_model, state, (self.h, self.n // 2))
         check(method in ("conv", "step"), f"{method=}: choose conv or step")
         if method == "step":
             return self.recurrence(u, state, rate)
-        w = u.to(self.D.dtype).mT                               # (b, l, d_model)
-        v = self.block.enter(w).mT.to(w.dtype).contiguous()     # (b, h, l)
-        if state is None:
-            K = self.kernel(v.shape[-1], rate).unflatten(0, (-1, self.h))   # (m, h, l)
-            response, last = 0, None
-        else:
-            K, response, last = power_forward(self.discretize(rate), v, state)
-        v = v[:, None]                                          # (b, 1, h, l)
-        D = F.pad(self.D[..., None], (0, u.shape[-1] - 1))      # a kernel too: D at lag 0
-        y = fft_conv(v, K[:self.channels] + D) + response
-        if self.bidirectional:                                  # y is (b, m, h, l)
-            future = fft_conv(v.flip(-1), K[self.channels:]).flip(-1)
+        K = self.kernel(u.shape[-1], rate).unflatten(0, (-1, self.h))   # (m, h, l)
+        dtype = u.dtype
+        outer = u.to(self.D.dtype).mT                                   # (b, l, d_model)
+        u = self.block.enter(outer).mT.to(outer.dtype).contiguous()     # (b, h, l)
+        y = fft_conv(u[:, None], K[:self.channels]) + self.D[..., None] * u[:, None]   # (3)
+        if self.bidirectional:
+            future = fft_conv(u[:, None].flip(-1), K[self.channels:]).flip(-1)
             y = y + F.pad(future[..., 1:], (0, 1))              # one step later
-        return self.block.leave(y.flatten(1, 2).mT, w).mT.to(u.dtype), last
+        last = None
+        if state is not None:
+            response, last = power_response(self.discretize(rate), u, state)
+            y = y + response
+        return self.block.leave(y.flatten(1, 2).mT, outer).mT.to(dtype), last
 
     def recurrence(self, u, state, rate):
         """(2), one step after the other: equal to the parallel form up to rounding."""
@@ -207,18 +213,6 @@ class S4(nn.Module):
             y_k, x = self.step(u_k, x, discrete=discrete)
             outputs.append(y_k)
         return torch.stack(outputs, -1), None if state is None else x
-
-    def check_input(self, u, dims, state):
-        """dims 2: u (b, d) and a state; dims 3: u (b, d, l), and a state or None."""
-        shape = f"(b, {self.d_model})" if dims == 2 else f"(b, {self.d_model}, l)"
-        fits = u.dim() == dims and u.shape[1] == self.d_model and u.numel() > 0
-        check(fits and u.is_floating_point(),
-              f"u is {u.dtype} {tuple(u.shape)}: pass floats {shape}")
-        if dims == 2 or state is not None:
-            check(not self.bidirectional, "bidirectional=True: it has no state and no step")
-            fits = state is not None and state.shape == (u.shape[0], self.h, self.n // 2)
-            check(fits and state.is_complex(),
-                  "state: pass one of the shape and type of initial_state()")
 
 
 def over_pairs(C, x):
@@ -232,32 +226,34 @@ def low_rank(Q, S, x):
 
 
 def cauchy_kernel(Lambda, P, B, C, dt, l):
-    """(6) and (7): K_0 ... K_{l-1}, (m, h, l) float64, from halves of conjugate pairs.
-
-    Good to 1e-7 of max |K|: q^{-k} amplifies rounding by up to 1e8. For fout, which has an
-    eigenvalue near 0, (7) cancels at dt > 20: digits are lost, of gradients first.
-    """
+    """(6) and (7): K (m, h, l) float64, to 1e-7 of its maximum, from halves of pairs."""
     log_q = math.log(1e-8) / l
     k = torch.arange(l, dtype=torch.float64, device=dt.device)
-    j = k[:l // 2 + 1]
-    # (6) at z = q exp(-2 pi i j / l): s = 2 tanh((2 pi i j / l - log q) / 2)
-    s = 2 * torch.tanh(torch.complex(torch.full_like(j, -log_q), 2 * math.pi * j / l) / 2)
-    w = dt * Lambda                                                     # (h, n/2)
-    # Cauchy sums over pairs, of v = dt C B, dt C P, dt P* B and dt P* P:
-    # v / (s - w) + v* / (s - w*) = 2 (s Re v - Re(v w*)) / (s^2 - 2 s Re w + |w|^2)
-    square = w.real ** 2 + w.imag ** 2
-    pair = 1 / torch.addcmul(s ** 2 + square[..., None], s, -2 * w.real[..., None] + 0j)
-    v = torch.einsum("ihn,phn->iphn", torch.cat([C, P.conj()]), torch.cat([B[None], P]))
-    v = 2 * dt * torch.stack([v.real, -(v * w.conj()).real])            # (2, .., h, n/2)
-    v = torch.einsum("viphn,hnjc->viphjc", v, torch.view_as_real(pair))
-    v = torch.view_as_complex(v.contiguous())               # (2, m + r, 1 + r, h, nodes)
-    sums = s * v[0] + v[1]                                  # [[CB, CP], [PB, PP]]
-    for _ in range(P.shape[0]):     # (7) for the last column of P; the others stay
+    j = k[:l // 2 + 1]                                      # K is real: half of the circle
+    log_z = torch.complex(torch.full_like(j, log_q), -2 * math.pi * j / l)
+    z = torch.exp(log_z)
+    s = -2 * torch.expm1(log_z) / (1 + z)                   # 1 - z is -expm1(log z)
+    left = torch.cat([C, P.conj()])[:, None]                # (m + r, 1, h, n/2)
+    right = torch.cat([B[None], P])                         # (1 + r, h, n/2)
+    sums = cauchy(dt * left * right, s, dt * Lambda)        # [[CB, CP], [PB, PP]]
+    for _ in range(P.shape[0]):     # (7), Schur complement: one column of P at a time
         CB, CP = sums[:-1, :-1], sums[:-1, -1:]
         PB, PP = sums[-1:, :-1], sums[-1:, -1:]
         sums = CB - CP * (PB / (1 + PP))
-    K = torch.fft.irfft((1 + s / 2) * sums[:, 0], l)        # 2/(1+z) = 1 + s/2
+    K = torch.fft.irfft(2 / (1 + z) * sums[:, 0], l)
     return K * torch.exp(-log_q * k)
+
+
+def cauchy(v, s, w):
+    """sum_n v_n / (s - w_n) + v_n* / (s - w_n*): v (.., h, n/2), w (h, n/2), s (nodes) ->
+    (.., h, nodes). One denominator for both halves of a pair, and real factors above it:
+    2 (s Re v_n - Re(v_n w_n*)) / (s^2 - 2 s Re w_n + |w_n|^2)."""
+    above = 2 * torch.stack([v.real, -(v * w.conj()).real])     # (2, .., h, n/2)
+    w = w[..., None]
+    below = s ** 2 - 2 * s * w.real + (w * w.conj()).real       # (h, n/2, nodes)
+    sums = torch.einsum("...hn,hnjc->...hjc", above, torch.view_as_real(1 / below))
+    sums = torch.view_as_complex(sums.contiguous())             # (2, .., h, nodes)
+    return s * sums[0] + sums[1]
 
 
 def fft_conv(u, K):
@@ -287,15 +283,15 @@ def nplr(measure, n):
     i = torch.arange(n, dtype=torch.float64)
     B = torch.sqrt(2 * i + 1)
     P = B[None] / 2 ** 0.5
-    S = -torch.outer(B, B).tril(-1) / 2
+    lower = -torch.outer(B, B).tril(-1) / 2
     c = -0.5
     if measure == "legt":
         P = P * torch.stack([1 - i % 2, i % 2])         # even i, odd i
-        S = S * ((i[:, None] - i) % 2)                  # odd i - j: the rest is in P^T P
+        lower = lower * ((i[:, None] - i) % 2)          # odd i - j: the rest is in P^T P
         c = 0.0
         B = B / 2
-    # A + P^T P = c + S - S^T is normal: V diagonalizes -i (S - S^T), which is Hermitian
-    imag, V = torch.linalg.eigh(-1j * (S - S.mT))       # ascending
+    # A + P^T P is normal, c + lower - lower^T: -i times the difference is Hermitian
+    imag, V = torch.linalg.eigh(-1j * (lower - lower.mT))       # ascending
     V = V[:, n // 2:]
     return c + 1j * imag[n // 2:], P.to(V.dtype) @ V.conj(), V.mH @ B.to(V.dtype)
 
@@ -311,18 +307,15 @@ def power_kernel(discrete, l, dtype):
         return free_response(C.to(dtype), A_k, B_bar[None].to(dtype), l)[0]
 
 
-def power_forward(discrete, u, x):
-    """K (m, h, l), C A_bar^{k+1} x (b, m, h, l), and the last state (b, h, n/2)."""
+def power_response(discrete, u, x):
+    """What a state x adds to y, C A_bar^{k+1} x (b, m, h, l), and the last state."""
     A_bar, B_bar, C = dense(discrete)
     l = u.shape[-1]
-    x = times(A_bar, as_real(x).to(B_bar)).to(u)            # (b, h, n)
-    B_bar = B_bar.to(u)
-    C = C.to(u)
+    x = matvec(A_bar, as_real(x).to(B_bar)).to(u)           # (b, h, n)
     with full_precision(u):
         A_k = squares(A_bar, l, u.dtype)
-        K = free_response(C, A_k, B_bar[None], l)[0]
-        last = advance(x, A_k, l - 1) + last_state(u, B_bar, A_k)
-        return K, free_response(C, A_k, x, l), as_complex(last.double())
+        last = advance(x, A_k, l - 1) + last_state(u, B_bar.to(u), A_k)
+        return free_response(C.to(u), A_k, x, l), as_complex(last.double())
 
 
 def dense(discrete):
@@ -330,8 +323,8 @@ def dense(discrete):
     a, B_bar, Q, S, C = discrete
     A_bar = a
     if Q.shape[0] > 0:
-        one = torch.eye(2 * a.shape[-1], dtype=a.real.dtype, device=a.device)
-        A_bar = times(a, one[:, None]).permute(1, 2, 0)         # column j: a e_j
+        eye = torch.eye(2 * a.shape[-1], dtype=a.real.dtype, device=a.device)
+        A_bar = matvec(a, eye[:, None]).permute(1, 2, 0)        # column j: a e_j
         A_bar = A_bar - 2 * torch.einsum("rhi,rhj->hij", as_real(Q), as_real(S.conj()))
     return A_bar, as_real(B_bar), 2 * as_real(C.conj())         # 2 for the pairs
 
@@ -349,9 +342,9 @@ def as_complex(x):
 def squares(A_bar, l, dtype):
     """A_bar, A_bar^2, A_bar^4, ... in two lists: from A_bar^T on, and below it.
 
-    Time is k = jT + i, as with T = 10 the tens and the ones of a number. T, about
-    2 sqrt(l), and J are powers of 2: each A_bar^{jT} and A_bar^i is a product of squares.
-    So J + T vectors and one matrix product give all l numbers C A_bar^k x.
+    Time is k = jT + i, like the high and the low digit of a number. T, about 2 sqrt(l),
+    and J are powers of 2: each A_bar^{jT} and A_bar^i is a product of squares. So J + T
+    vectors and one matrix product give all l numbers C A_bar^k x.
     """
     powers = [A_bar]
     while 2 ** len(powers) < l:
@@ -363,7 +356,7 @@ def squares(A_bar, l, dtype):
     return powers[half:], powers[:half]
 
 
-def times(A, x):
+def matvec(A, x):
     """A x: A (h, n, n), or (h, n/2) complex in mode diag; x (.., h, n) -> (.., h, n)."""
     if A.is_complex():
         return as_real(A * as_complex(x))
@@ -374,37 +367,38 @@ def krylov(powers, x):
     """x, A x, A^2 x, ... by doubling: A, A^2, A^4, ..; x (.., h, n) -> (T, .., h, n)."""
     x = x[None]
     for A in powers:
-        x = torch.cat([x, times(A, x)])
+        x = torch.cat([x, matvec(A, x)])
     return x
 
 
 def free_response(C, A_k, x, l):
     """C A_bar^k x for k < l: C (m, h, n), states x (b, h, n) -> (b, m, h, l)."""
-    tens, ones = A_k
-    rows = [A.conj() if A.is_complex() else A.mT for A in ones]
+    high, low = A_k
+    rows = [A.conj() if A.is_complex() else A.mT for A in low]
     C = krylov(rows, C)                                     # C A_bar^i, (T, m, h, n)
-    x = krylov(tens, x)                                     # A_bar^{jT} x, (J, b, h, n)
+    x = krylov(high, x)                                     # A_bar^{jT} x, (J, b, h, n)
     return torch.einsum("jbhn,imhn->bmhji", x, C).flatten(-2)[..., :l]
 
 
 def advance(x, A_k, k):
     """A_bar^k x for a k below l, from its binary digits: x (.., h, n)."""
-    tens, ones = A_k
-    for digit, A in enumerate(ones + tens):
-        x = torch.stack([x, times(A, x)])[(k >> digit) & 1]         # compiles with any k
+    high, low = A_k
+    for digit, A in enumerate(low + high):
+        # not "if (k >> digit) & 1", for which torch.compile makes a graph for each k
+        x = torch.stack([x, matvec(A, x)])[(k >> digit) & 1]
     return x
 
 
 def last_state(u, B_bar, A_k):
-    """sum_k A_bar^{l-1-k} B_bar u_k, the state that u (b, h, l) leaves: (b, h, n)."""
-    tens, ones = A_k
-    J = 2 ** len(tens)
-    T = 2 ** len(ones)
-    u = F.pad(u, (J * T - u.shape[-1], 0)).unflatten(-1, (J, T))    # zeros in front
-    B_bar = krylov(ones, B_bar).flip(0)                 # (T, h, n), the last i: power 0
+    """sum_k A_bar^k B_bar u_{l-1-k}, the state that u (b, h, l) leaves: (b, h, n)."""
+    high, low = A_k
+    J = 2 ** len(high)
+    T = 2 ** len(low)
+    u = F.pad(u.flip(-1), (0, J * T - u.shape[-1])).unflatten(-1, (J, T))
+    B_bar = krylov(low, B_bar)                          # A_bar^i B_bar, (T, h, n)
     blocks = torch.einsum("bhji,ihn->jbhn", u, B_bar)   # what each block of T steps leaves
-    for A in tens:                                      # two blocks in a row are one
-        blocks = times(A, blocks[::2]) + blocks[1::2]
+    for A in high:                                      # two blocks in a row are one
+        blocks = blocks[::2] + matvec(A, blocks[1::2])
     return blocks[0]
 
 
@@ -482,8 +476,8 @@ def discretize_diagonal(layer, A, P, B, C, dt, rate):
         x = A * torch.expm1(layer.l_max * dt / rate * A)    # A: 1e-7 is that of dss.py
         C = B * C * A * x.conj() / (x.abs() ** 2 + 1e-7) / 2
         B = 1
-    limit = dt * (1 + dt * A / 2)                           # of what B_bar has, at A = 0
     hold = torch.expm1(dt * A) / torch.where(A == 0, 1, A)
+    limit = dt * (1 + dt * A / 2)               # at A = 0; dt A / 2 is for its gradient
     return torch.exp(dt * A), torch.where(A == 0, limit, hold) * B, P, P, C
 
 
@@ -548,8 +542,33 @@ def check_options(d_model, d_state, mode, disc, real_type, l_max, dt_min, dt_max
     check(0 < dt_min <= dt_max < math.inf, f"{dt_min=}, {dt_max=}: pass 0 < min <= max")
 
 
+def check_input(u, dims, h, state, shape):
+    """dims 2: u (b, h), a state (b, *shape); dims 3: u (b, h, l), a state or None."""
+    wanted = f"(b, {h})" if dims == 2 else f"(b, {h}, l)"
+    check(isinstance(u, torch.Tensor), f"u is a {type(u).__name__}: pass a tensor {wanted}")
+    fits = u.dim() == dims and u.shape[1] == h and u.is_floating_point()
+    check(fits, f"u is {u.dtype} {tuple(u.shape)}: pass floats {wanted}")
+    check(u.numel() > 0, f"u is empty, {tuple(u.shape)}: pass {wanted} with b, l > 0")
+    if dims == 2 or state is not None:
+        wanted = (u.shape[0], *shape)
+        is_tensor = isinstance(state, torch.Tensor)
+        found = (state.dtype, *state.shape) if is_tensor else type(state).__name__
+        check(is_tensor and state.shape == wanted and state.is_complex(),
+              f"state: {found}, pass complex {wanted} like initial_state()")
+
+
+def check_rate(rate, layer):
+    """A rate for all steps, and parameters precise enough to be discretized."""
+    if not isinstance(rate, numbers.Real) or not 0 < rate < math.inf:
+        raise ValueError(f"{rate=}: pass one positive number; for irregular sampling take "
+                         "s5.py or lru.py, or a rate of its own for each call of step")
+    for p in layer.parameters():
+        check(p.dtype not in (torch.float16, torch.bfloat16),
+              f"parameters are {p.dtype}: use autocast")
+
+
 def check(ok, message):
-    """Raise a ValueError unless ok. Not for rate or l: torch.compile can't print them."""
+    """Raise a ValueError unless ok."""
     if not ok:
         raise ValueError(message)
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from layers import error, golden, in_steps, signal
+from layers import CASES, error, golden, in_steps, signal
 from s4d import S4D, initial_A
+
+FIVE = ("s4d.S4D", "dss.DSS", "gss.GSS", "lssl.LSSL", "s4.S4")      # the layers with kernels
 
 
 @pytest.mark.parametrize("measure, key", [("diag-lin", "lin"), ("diag-inv", "inv"),
@@ -18,7 +20,7 @@ def test_initial_A_is_the_official_one(measure, key):
     expected = g.get(f"init_{key}_A_f64", g[f"init_{key}_A"])
     A = initial_A(measure, 2, 2 * len(expected)).numpy()
     assert error(A[1].real, expected.real) <= 1e-12
-    assert error(A[1].imag, np.abs(expected.imag)) <= 1e-6 if key != "legs" else 1e-12
+    assert error(A[1].imag, np.abs(expected.imag)) <= (1e-12 if key == "legs" else 1e-6)
     layer = S4D(2, 2 * len(expected), measure=measure).double()
     assert error(-layer.log_A_real.exp(), np.tile(expected.real, (2, 1))) <= 1e-6
 
@@ -29,6 +31,30 @@ def test_random_initializations():
     assert A.real.min() >= -1 and A.real.max() < 0 and A.real.std() > 0.2
     assert A.imag.min() >= 0 and A.imag.max() <= math.pi * 32 and A.imag.std() > 20
     assert initial_A("diag-real", 5, 64, real_random=True).real.min() > -33
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.layer in FIVE],
+                         ids=lambda case: case.name)
+def test_forward_calls_kernel(case, monkeypatch):
+    """With a state and without: who edits kernel() sees it. D is no part of it."""
+    layer, u = case.build(), signal(2, case.h, 20)
+    kernel, states = layer.kernel, [None, layer.initial_state(2)]
+    before = [layer(u, x)[0] for x in states]
+    monkeypatch.setattr(layer, "kernel", lambda l, rate=1.0: 0 * kernel(l, rate))
+    for x, y in zip(states, before):
+        assert error(layer(u, x)[0], y) > 1e-2
+        if case.has_kernel:                             # no block around the SSM
+            direct = layer.D.reshape(-1, case.h)[..., None] * u[:, None]
+            assert error(layer(u, x)[0], direct.flatten(1, 2)) <= 1e-6
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.layer in FIVE],
+                         ids=lambda case: case.name)
+def test_discretization_is_in_double_precision(case):
+    layer = case.build()
+    found = layer.discretize(1.7)
+    for matrix, expected in zip(found, layer.double().discretize(1.7), strict=True):
+        assert error(matrix, expected) <= 1e-12
 
 
 def test_B_bar_of_tiny_steps():
