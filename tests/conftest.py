@@ -35,3 +35,4 @@ def pytest_terminal_summary(terminalreporter):
         second.wait()
         printed.seek(0)
         terminalreporter.write(f"\n---- the other half ----\n{printed.read()}")
+    printed.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Callable
 
 import numpy as np
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -142,6 +143,17 @@ CASES = [
     s4_case("s4-diag-dss", mode="diag", disc="dss", measure="diag-legs", l_max=1000,
             real_type="relu"),
 ]
+STATEFUL = [case for case in CASES if case.has_state]
+
+
+def named(*names):
+    """The cases of these names."""
+    return [case for case in CASES if case.name in names]
+
+
+def each(cases):
+    """A test with each of these cases."""
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
 def parameters(layer):
@@ -201,6 +213,23 @@ def in_steps(layer, u, state, rate=1.0):
         y_k, state = layer.step(u_k, state, discrete=discrete)
         outputs.append(y_k)
     return torch.stack(outputs, -1), state
+
+
+def gradients(layer, u, x, method, call=None):
+    """Output and last state of the layer, or of call in its place, and the gradients of a
+    random linear function of both: by input, state and parameters."""
+    u = u.clone().requires_grad_()
+    x = None if x is None else like(x, [t.clone().requires_grad_() for t in leaves(x)])
+    y, last = (call or layer)(u, x, method=method, rate=1.7)
+    loss = (y * signal(*y.shape, seed=5, dtype=y.dtype)).sum()
+    for t in leaves(last):
+        t = torch.view_as_real(t) if t.is_complex() else t
+        generator = torch.Generator().manual_seed(6)
+        loss = loss + (t * torch.randn(t.shape, dtype=t.dtype, generator=generator)).sum()
+    inputs = {"u": u} | {f"x{i}": t for i, t in enumerate(leaves(x))} | \
+        {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    results = {"y": y} | {f"last {i}": t for i, t in enumerate(leaves(last))}
+    return results | dict(zip(inputs, torch.autograd.grad(loss, inputs.values())))
 
 
 def golden(name):

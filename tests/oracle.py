@@ -389,15 +389,12 @@ def selective_scan(u, dt, A, B, C, D, state=None):
     x_k = exp(dt_k A) x_{k-1} + dt_k B_k u_k,  y_k = C_k x_k + D u_k.
     """
     b, d, l = u.shape
-    x = np.zeros((b, d, A.shape[1])) if state is None else state.copy()
-    y = np.zeros((b, d, l))
-    for j in range(b):
-        for i in range(d):
-            for k in range(l):
-                v = dt[j, i, k] * B[j, :, k] * u[j, i, k]
-                x[j, i] = np.exp(dt[j, i, k] * A[i]) * x[j, i] + v
-                y[j, i, k] = C[j, :, k] @ x[j, i] + D[i] * u[j, i, k]
-    return y, x
+    x, y = np.zeros((b, d, A.shape[1])) if state is None else state, []
+    for k in range(l):
+        u_k, dt_k = u[:, :, k, None], dt[:, :, k, None]                     # (b, d, 1)
+        x = np.exp(dt_k * A) * x + dt_k * B[:, None, :, k] * u_k
+        y.append((C[:, None, :, k] * x).sum(-1) + D * u[:, :, k])
+    return np.stack(y, axis=2), x
 
 
 def selective_ssm(p, u, state=None, rate=1.0):

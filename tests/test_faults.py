@@ -1,26 +1,18 @@
 """What users of such layers have run into: gradients that are not finite, arguments that do
-nothing, states of another layout, wrapped linear maps, padding, huge samples."""
+nothing, states of another layout, wrapped linear maps, huge samples."""
 
 import importlib
 import math
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from layers import (CASES, DOUBLE, error, in_steps, leaves, like, random_state, signal)
-from test_compile import set_block
+from layers import (CASES, DOUBLE, STATEFUL, each, error, in_steps, leaves, like, named,
+                    random_state, signal)
 
-STATEFUL = [case for case in CASES if case.has_state]
-LAYERS = ["lssl", "s4", "s4-diag-inv", "dss", "s4d", "gss", "s5", "lru", "selective",
-          "mamba"]
-SMALL = [case for case in CASES if case.name in LAYERS]
 SCANS = ("s5", "lru", "selective_scan")
-
-
-def each(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
 def build(name, h, d_state, **options):
@@ -63,16 +55,22 @@ def test_gradients_of_powers(file, l):
 
 @pytest.mark.parametrize("file", ["s5", "lru"])
 def test_gradients_of_states_by_fft(file):
-    l = 200
-    fft_scan = importlib.import_module(file).fft_scan
+    """Also where A_bar = 0, and there they are those of the loop."""
+    l, module = 200, importlib.import_module(file)
     for c in (1, l - 1, l):
         log = torch.complex(-sizes() / c, torch.ones_like(sizes()))
         a = torch.exp(log).requires_grad_()
         v = torch.randn(1, l, len(a), dtype=torch.complex64)
         x = torch.randn(1, len(a), dtype=torch.complex128)
-        states = fft_scan(a, v, x)
+        states = module.fft_scan(a, v, x)
         states.real.sum().backward()
         assert states.isfinite().all() and a.grad.isfinite().all(), c
+    a = torch.zeros(4, dtype=torch.complex128, requires_grad=True)
+    v = torch.randn(1, 9, 4, dtype=torch.complex128)
+    x = torch.randn(1, 4, dtype=torch.complex128)
+    found, = torch.autograd.grad(module.fft_scan(a, v, x).real.square().sum(), a)
+    expected, = torch.autograd.grad(module.loop_scan(a, v, x).real.square().sum(), a)
+    assert error(found, expected) <= 1e-12
 
 
 DEFAULTS = [
@@ -97,17 +95,12 @@ def test_gradients_as_built(name, h, options):
 
 
 @pytest.mark.parametrize("name, n, options", [
-    ("s4d.S4D", 64, {"measure": "diag-real"}), ("gss.GSS", 64, {}), ("lru.LRU", 8, {}),
-    ("dss.DSS", 64, {"version": "exp"})], ids=str)
-def test_gradients_as_built_at_length(name, n, options):
+    ("s4d.S4D", 64, {}), ("s4d.S4D", 64, {"measure": "diag-real"}), ("gss.GSS", 64, {}),
+    ("lru.LRU", 8, {}), ("dss.DSS", 64, {"version": "exp"})], ids=str)
+def test_gradients_at_length_and_at_any_rate(name, n, options):
     finite_gradients(build(name, 4, n, **options), 4, 2 ** 18)
-
-
-@pytest.mark.parametrize("name", ["gss.GSS", "dss.DSS", "s4d.S4D"])
-def test_gradients_at_any_rate(name):
     for rate in (1e-6, 11.2, 1e5):
-        options = {"version": "exp"} if name == "dss.DSS" else {}
-        finite_gradients(build(name, 128, 64, **options), 128, 1024, rate=rate)
+        finite_gradients(build(name, 128, n, **options), 128, 1024, rate=rate)
 
 
 ZERO = [("s5.S5", {}, ["Lambda_re", "Lambda_im"]),
@@ -160,10 +153,6 @@ def test_irregular_samples(case, dtype, tolerance):
     x = random_state(layer, 2)
     expected = layer(u, x, rate=rate, method="step")
     assert error(layer(u, x, rate=rate), expected) <= tolerance
-    first, now = layer(u[..., :33], x, rate=rate[:, :33])
-    second, last = layer(u[..., 33:], now, rate=rate[:, 33:])
-    assert error(torch.cat([first, second], -1), expected[0]) <= tolerance
-    assert error(last, expected[1]) <= tolerance
     both, _ = layer.step(u[..., 0], x, rate=rate[:, 0])     # sequences of one batch
     for i in range(2):
         alone = like(x, [t[i:i + 1] for t in leaves(x)])
@@ -180,20 +169,9 @@ def test_irregular_samples(case, dtype, tolerance):
         layer.step(u[..., 0], x, rate=rate)
 
 
-def test_irregular_samples_of_a_held_signal():
-    """One sample of rate 2 is two of rate 1 with the same u."""
-    for name in ("s5", "s5-no-pairs", "lru"):
-        case = next(case for case in CASES if case.name == name)
-        layer, u = case.build().double(), signal(1, case.h, 4, **DOUBLE)
-        rate = torch.tensor([[1.0, 2.0, 1.0, 3.0]])
-        fine, last = layer(u.repeat_interleave(rate[0].long(), -1), layer.initial_state(1))
-        y, now = layer(u, layer.initial_state(1), rate=rate)
-        assert error(y, fine[..., [0, 2, 3, 6]]) <= 1e-12 and error(now, last) <= 1e-12
-
-
 # ---- memory: layouts, states that own theirs ----
 
-@each(SMALL)
+@each(named("lssl", "s4", "s4-diag-inv", "dss", "s4d", "gss", "s5", "lru", "mamba"))
 def test_parameters_of_any_layout(case):
     """In channels_last, and in one vector from an odd place on, as vector_to_parameters and
     replicas have them."""
@@ -230,64 +208,7 @@ def test_the_state_of_selective_scan_fn_owns_its_memory():
     assert x.untyped_storage().nbytes() == x.numel() * x.itemsize
 
 
-# ---- messages ----
-
-@each(SMALL)
-def test_half_precision_of_one_parameter(case):
-    for name, _ in case.build().named_parameters():
-        layer = case.build()
-        p = layer.get_parameter(name)
-        p.data = p.data.bfloat16()
-        with pytest.raises(ValueError, match="^parameters are .*autocast"):
-            layer(signal(1, case.h, 5))
-
-
-@each(STATEFUL)
-def test_what_people_pass_by_mistake(case):
-    layer, u = case.build(), signal(2, case.h, 5)
-    result = layer(u, layer.initial_state(2))
-    for wrong in (u.numpy(), u.tolist()):
-        for call in (layer, lambda v: layer.step(v, layer.initial_state(2))):
-            with pytest.raises(ValueError, match="^u is a (ndarray|list): pass a tensor"):
-                call(wrong)
-    with pytest.raises(ValueError, match=r"^u is empty, \(0, "):
-        layer(u[:0])
-    for wrong in (None, "2", np.ones(5)):
-        with pytest.raises(ValueError, match="^rate=.*: pass one positive number"):
-            layer(u, rate=wrong)
-    for call in (lambda x: layer(u, x), lambda x: layer.step(u[..., 0], x)):
-        with pytest.raises(ValueError, match="^state: .*, pass "):
-            call(result)                                # the pair of output and state
-        with pytest.raises(ValueError, match=r"^state: .* 3, .*, pass .*\(2, "):
-            call(layer.initial_state(3))                # of another batch
-
-
-@each(STATEFUL)
-def test_matrices_of_another_layer(case):
-    """Fewer states or features would broadcast."""
-    layer, u = case.build(), signal(2, case.h, 1)[..., 0]
-    x = layer.initial_state(2)
-    first, *rest = layer.discretize()
-    for wrong in (first[..., :1], first[:1]):
-        if wrong.shape != first.shape:
-            with pytest.raises(ValueError, match="^discrete: "):
-                layer.step(u, x, discrete=(wrong, *rest))
-
-
 # ---- rare numbers ----
-
-def test_powers_of_0_by_fft():
-    """Where A_bar = 0, its gradient is that of the scan."""
-    for bilinear in ("s5.S5", "lru.LRU"):
-        layer = build(bilinear, 2, 4, **({"disc": "bilinear"} if "S5" in bilinear else {}))
-        module = importlib.import_module(bilinear.split(".")[0])
-        a = torch.zeros(4, dtype=torch.complex128, requires_grad=True)
-        v = torch.randn(1, 9, 4, dtype=torch.complex128)
-        x = torch.randn(1, 4, dtype=torch.complex128)
-        found, = torch.autograd.grad(module.fft_scan(a, v, x).real.square().sum(), a)
-        expected, = torch.autograd.grad(module.loop_scan(a, v, x).real.square().sum(), a)
-        assert error(found, expected) <= 1e-12
-
 
 def test_infinite_decay():
     for cls in ("SelectiveSSM", "Mamba"):
@@ -313,52 +234,18 @@ def test_second_derivative_where_Lambda_is_0():
 # ---- arguments ----
 
 @each(STATEFUL)
-def test_rate_and_discrete_together(case):
+def test_discrete_with_a_rate_or_of_another_layer(case):
+    """Matrices of fewer states or features would broadcast."""
     layer, u = case.build(), signal(2, case.h, 1)[..., 0]
     x, discrete = layer.initial_state(2), layer.discretize(2.0)
     with pytest.raises(ValueError, match="^rate .*discrete"):
         layer.step(u, x, rate=2.0, discrete=discrete)
     layer.step(u, x, discrete=discrete)
-
-
-@each(STATEFUL)
-def test_no_state_in_step(case):
-    with pytest.raises(ValueError, match=r"^state: NoneType, .*initial_state\(\)"):
-        case.build().step(signal(2, case.h, 1)[..., 0], None)
-
-
-@each([case for case in CASES if case.layer.split(".")[0] not in SCANS])
-def test_a_rate_for_each_sample(case):
-    layer, u = case.build(), signal(2, case.h, 8)
-    rates = (torch.ones(8), torch.tensor(2.0), [1.0] * 8)
-    calls = [lambda rate=rate: layer(u, rate=rate) for rate in rates]
-    if hasattr(layer, "kernel"):
-        calls += [lambda rate=rate: layer.kernel(8, rate=rate) for rate in rates]
-    if case.has_state:
-        x = layer.initial_state(2)
-        calls += [lambda rate=rate: layer.step(u[..., 0], x, rate=rate) for rate in rates]
-        calls += [lambda rate=rate: layer.discretize(rate) for rate in rates]
-    for call in calls:
-        with pytest.raises(ValueError, match="^rate.* one positive number; for irregular "
-                           "sampling take s5.py or lru.py, or a rate of its own for each"):
-            call()
-
-
-@each(CASES)
-def test_time_before_features(case):
-    """The message says what is expected, and the input does not satisfy it."""
-    layer = case.build()
-    with pytest.raises(ValueError, match=rf"^u is .*\(2, 100, {case.h}\): pass .*"
-                       rf"\(b, {case.h}, l\)"):
-        layer(signal(2, 100, case.h))
-
-
-@pytest.mark.parametrize("name", ["s4.S4", "s5.S5"])
-def test_bidirectional_by_steps(name):
-    """Nobody passed a state, so that the message names the step too."""
-    layer = build(name, 4, 8, bidirectional=True)
-    with pytest.raises(ValueError, match="^bidirectional=True: .* no step"):
-        layer(signal(1, 4, 5), method="step")
+    first, *rest = discrete
+    for wrong in (first[..., :1], first[:1]):
+        if wrong.shape != first.shape:
+            with pytest.raises(ValueError, match="^discrete: "):
+                layer.step(u, x, discrete=(wrong, *rest))
 
 
 def test_sizes_that_are_not_whole():
@@ -394,31 +281,6 @@ def test_states_of_any_layout(case):
             sum(t.abs().sum() for t in [found[0], *leaves(found[1])]).backward()
         found = layer.step(u[..., 0], state)
         assert error(found, layer.step(u[..., 0], expected)) <= 1e-6
-
-
-@each(SMALL)
-def test_state_after_padding(case):
-    """Outputs of right-padded sequences are those of each alone; the last state is that
-    after the padding. README: the state after k_i steps, one sequence at a time."""
-    layer, lengths = case.build(), [3, 10, 7]
-    u = signal(3, case.h, 10)
-    for u_i, k in zip(u, lengths):
-        u_i[:, k:] = 0
-    y, _ = layer(u)
-    states = []
-    for u_i, k in zip(u, lengths):
-        y_i, state = layer(u_i[None, :, :k], layer.initial_state(1))
-        states.append(state)
-        assert error(y[len(states) - 1:len(states), :, :k], y_i) <= 1e-5
-    if isinstance(state, tuple):                        # of Mamba
-        state = tuple(torch.cat(parts) for parts in zip(*states))
-    else:
-        state = torch.cat(states)
-    following = signal(3, case.h, 5, seed=9)
-    found, _ = layer(following, state)
-    for i, k in enumerate(lengths):
-        alone = torch.cat([u[i:i + 1, :, :k], following[i:i + 1]], -1)
-        assert error(found[i:i + 1], layer(alone)[0][..., k:]) <= 1e-5
 
 
 def test_last_state_by_fft_where_states_decay_fast():
@@ -464,10 +326,6 @@ class LowRank(nn.Module):
         return self.base(u) + u @ self.right.mT @ self.left.mT
 
 
-WITH_MAPS = [case for case in CASES
-             if any(isinstance(module, nn.Linear) for module in case.build().modules())]
-
-
 def linear_layers(layer):
     """(module that holds it, its name there, linear layer) of all linear layers."""
     found = []
@@ -478,14 +336,10 @@ def linear_layers(layer):
     return found
 
 
-def test_which_layers_have_linear_maps():
-    names = {case.name for case in WITH_MAPS}
-    assert names == {"gss", "gss-plain", "s4-gss", "s4-bottleneck", "selective", "mamba"}
-
-
-@each(WITH_MAPS)
-def test_low_rank_adapters(case):
-    """An adapter around every linear layer gives what the sum of both matrices gives."""
+@each(named("gss", "gss-plain", "s4-gss", "s4-bottleneck", "selective", "mamba"))
+def test_low_rank_adapters_and_hooks(case):
+    """An adapter around every linear layer gives what the sum of both matrices gives, and
+    its hooks see every call."""
     adapted, merged = case.build(), case.build()
     for parent, name, linear in linear_layers(adapted):
         setattr(parent, name, LowRank(linear))
@@ -493,45 +347,14 @@ def test_low_rank_adapters(case):
     with torch.no_grad():
         for wrapper, (_, _, linear) in zip(wrappers, linear_layers(merged), strict=True):
             linear.weight += wrapper.left @ wrapper.right
+    called = set()
+    for wrapper in wrappers:
+        wrapper.register_forward_hook(lambda module, *_: called.add(module))
     u = signal(2, case.h, 20)
     y, _ = merged(u)
-    for method in case.methods:
-        assert error(adapted(u, method=method)[0], y) <= 1e-5
-    assert error(in_steps(adapted, u, adapted.initial_state(2))[0], y) <= 1e-5
-    adapted(u)[0].sum().backward()
-    assert all(wrapper.left.grad is not None for wrapper in wrappers)
-
-
-@each(WITH_MAPS)
-def test_hooks_of_linear_maps(case):
-    """A hook sees every call, and what it returns is used."""
-    layer, u = case.build(), signal(2, case.h, 3)
-    expected, _ = layer(u)
-    for _, name, linear in linear_layers(layer):
-        calls = []
-
-        def hook(module, inputs, output):
-            calls.append(output)
-            return output + 1
-        handle = linear.register_forward_hook(hook)
-        for method in case.methods:
-            y, _ = layer(u, method=method)
-            assert calls and error(y, expected) > 1e-6, (name, method)
-            calls.clear()
-        layer.step(u[..., 0], layer.initial_state(2))
-        assert calls, name
-        handle.remove()
-
-
-# ---- torch.export ----
-
-@each([case for case in SMALL if case.name != "selective"])     # mamba contains it
-def test_export_with_any_batch(case, monkeypatch):
-    if case.name == "mamba":                            # blocks of 2 steps: a small graph
-        set_block(monkeypatch, "mamba", 2)
-    layer, u = case.build(), signal(3, case.h, 3)
-    shapes = ({0: torch.export.Dim("batch", min=2, max=100)},)
-    program = torch.export.export(layer, (u,), dynamic_shapes=shapes)
-    for b in (2, 7):
-        v = signal(b, case.h, 3, seed=b)
-        assert error(program.module()(v)[0], layer(v)[0]) <= 1e-5
+    runs = [partial(adapted, u, method=method) for method in case.methods]
+    for run in [*runs, partial(in_steps, adapted, u, adapted.initial_state(2))]:
+        called.clear()
+        assert error(run()[0], y) <= 1e-5 and called == set(wrappers) != set()
+    adapted(u)[0].square().sum().backward()
+    assert all(p.grad.any() for p in adapted.parameters() if p.requires_grad)

@@ -43,9 +43,9 @@ def test_how_a_file_reads(module):
 def test_shared_code_is_the_same_to_the_letter():
     """A function of one name has one text in all model files: a reader recognises it.
     But for these: in s4.py A_bar may be a diagonal, in lssl.py never, elsewhere always; A
-    starts where each file says; and in selective_scan.py each step has its own decay."""
-    different = ("squares", "times", "free_response", "last_state", "initial_A",
-                 "linear_scan")
+    starts where each file says; and a state is complex or real, a rate one number or more."""
+    different = ("squares", "times", "matvec", "free_response", "last_state", "initial_A",
+                 "check_input", "check_rate")
     found = {}
     for module in MODELS:
         text = (ROOT / f"{module}.py").read_text()
@@ -66,8 +66,8 @@ def test_mutations_are_up_to_date():
 # options that have no wrong value, for they are true or false, but for l_max of s4.py, which
 # is refused with disc dss alone (test_s4.py); and those that change only how the layer is
 # trained (test_options.py: test_what_is_trained_slowly)
-SWITCHES = {"l_max", "real_random", "imag_random", "bidirectional", "train_dt", "train_B", "gate",
-            "conj_sym", "clip_eigs", "bias", "conv_bias"}
+SWITCHES = {"l_max", "real_random", "imag_random", "bidirectional", "train_dt", "train_B",
+            "gate", "conj_sym", "clip_eigs", "bias", "conv_bias"}
 TRAINING = {"lr", "train_A", "train_dt"}
 
 
@@ -93,14 +93,6 @@ def test_every_option_is_explained_and_tested(name):
     assert not missing, f"changes nothing in CHANGES or any test: {missing}"
     missing = options - SWITCHES - set(test_options.BAD[name])
     assert not missing, f"no wrong value in BAD: {missing}"
-
-
-def test_draw(tmp_path):
-    """One picture, as a program of its own."""
-    command = [sys.executable, "figures/draw.py", "--only", "s4d", "--out", str(tmp_path)]
-    run = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    assert run.returncode == 0, run.stderr
-    assert (tmp_path / "s4d.png").stat().st_size > 10_000
 
 
 def test_benchmark(tmp_path, monkeypatch, capsys):

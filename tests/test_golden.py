@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional as F
 
 import selective_scan
-from dss import powers, softmax_weights, vandermonde
 from layers import (dss_case, error, golden, lru_case, lssl_case, pair, s4_case, s4d_case,
                     s5_case, selective_case)
 from oracle import conjugate_pairs, mamba
@@ -140,21 +139,6 @@ def test_lssl(key):
             A_bar, B_bar, _ = layer.discretize()
             assert error(A_bar, g["dA" + suffix]) <= 1e-12
             assert error(B_bar, g["dB" + suffix]) <= 1e-12
-
-
-def test_dss_softmax_function():
-    """A complex dt does what the two columns of the official log_dt do: their numbers, 1e-7
-    included."""
-    g = golden("dss_softmax")
-    real, imag = np.exp(g["log_dt"]).T[..., None]
-    z = torch.from_numpy(real * g["Lambda"].real + 1j * imag * g["Lambda"].imag)
-    Lambda, W = torch.from_numpy(g["Lambda"]), torch.from_numpy(g["W"])
-    for expected in (g["K"], g["K_half"]):
-        l = expected.shape[-1]
-        C = softmax_weights(W, Lambda, z, l)
-        A_k = powers(torch.exp(z), l, torch.float64)
-        K = vandermonde(C * torch.expm1(z) / Lambda, A_k, l)
-        assert error(K, expected) <= 1e-10
 
 
 @pytest.mark.parametrize("version", ["softmax", "exp"])
