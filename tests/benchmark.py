@@ -233,20 +233,6 @@ def diagonal_step(discrete, D, u, x, pairs=1):
     return pairs * (C * x).real.sum(-1) + D * u, x
 
 
-def low_rank_step(discrete, D, u, x):
-    """One step with diagonal minus rank 1 for each feature, from halves of pairs: u (b, h), x (b, h, n/2)."""
-    a, B_bar, Q, S, C = discrete
-    x = a * x - Q[0] * (2 * (S[0] * x).real.sum(-1))[..., None] + B_bar * u[..., None]
-    return 2 * (C[0] * x).real.sum(-1) + D[0] * u, x
-
-
-def dense_step(discrete, D, u, x):
-    """One step with a matrix A_bar (n, n) for each feature: u (b, h), x (b, h, n)."""
-    A_bar, B_bar, C = discrete
-    x = torch.einsum("hij,bhj->bhi", A_bar, x) + B_bar * u[..., None]
-    return (C[0] * x).sum(-1) + D[0] * u, x
-
-
 def shared_step(discrete, D, u, x):
     """One step with one state for all features: u (b, h), x (b, p)."""
     A_bar, B_bar, C = discrete
@@ -338,15 +324,7 @@ def bench_s4(table, module):
         return cauchy_kernel(*(torch.cat([x, x.conj()], -1) for x in halves), dt, L)
     kernel_rows(table, "s4", layer, textbook, "(4, h, n, l/2+1) array", at_least=3, at_most=0.5, inputs=[C])
     convolution_row(table, "s4", layer)
-    state_rows(table, "s4", layer, low_rank_step, with_state=2.5)
-
-    diagonal = module.S4(H, N, mode="diag", measure="diag-lin")
-
-    def direct():
-        A, C, dt = diagonal_parameters(diagonal)
-        return 2 * vandermonde(A, C[0], dt, L)
-    kernel_rows(table, "s4 diag", diagonal, direct, "(h, n/2, l) array", at_least=8, at_most=0.1)
-    state_rows(table, "s4 diag", diagonal)
+    state_rows(table, "s4", layer, with_state=2.5)
 
 
 def bench_lssl(table, module):
@@ -354,7 +332,7 @@ def bench_lssl(table, module):
         layer = module.LSSL(H, N, **options)                 # by default C and D are trained
         kernel_rows(table, name, layer, lambda: krylov_loop(layer.discretize(), L), "l-step loop", at_least=4)
     convolution_row(table, "lssl", layer)
-    state_rows(table, "lssl", layer, dense_step)
+    state_rows(table, "lssl", layer)
 
 
 def bench_dss(table, module):
@@ -413,16 +391,7 @@ def bench_selective_scan(table, module):
     for x in arguments(8, H, 4 * L), x:
         extra.append(peak_memory(forward(runs[0])) - x[0].nbytes / 2 ** 20)
     table.add(f"{name}: inference beyond y, l = 4096 against 1024", *extra, "MB", at_most=2.5)
-
-    layer = module.SelectiveSSM(H)
-
-    def step(discrete, D, u, x):
-        A, rate = discrete
-        low, B, C = (u @ layer.x_proj.weight.mT).split([layer.dt_rank, 16, 16], -1)
-        dt = rate * F.softplus(layer.dt_proj(low))
-        x = torch.exp(dt[..., None] * A) * x + (dt * u)[..., None] * B[:, None]
-        return (x * C[:, None]).sum(-1) + D * u, x
-    state_rows(table, name, layer, step)
+    state_rows(table, name, module.SelectiveSSM(H))
 
 
 def bench_example(table, module):
