@@ -18,9 +18,9 @@ the layer has others) and diagonalize A. All h features then drive n complex num
 Stable: lambda = exp(-exp(nu_log) + i exp(theta_log)), so |lambda| < 1 (section 3.3).
 Long memory: |lambda|^2 starts uniform in (r_min^2, r_max^2), a ring (Lemma 3.2). By default
 that is the disk; for long sequences the paper takes r_min near 1 and small phases.
-Normalized: with gamma = 1 and white noise u of variance 1, E|x|^2 tends to
-1 / (1 - |lambda|^2). So gamma starts as sqrt(1 - |lambda|^2), and is trained as
-exp(gamma_log) (section 3.4).
+Normalized: B starts so that B u has variance 1 for white noise u of variance 1. With
+gamma = 1, E|x|^2 would tend to 1 / (1 - |lambda|^2). So gamma starts as
+sqrt(1 - |lambda|^2), and is trained as exp(gamma_log) (section 3.4).
 
 Why no factor 2? The n numbers are independent, no conjugate pairs: the real part alone
 makes the output real.
@@ -31,8 +31,8 @@ A_bar = lambda^rate = exp(rate log lambda), with the angle of lambda in [-pi, pi
 B_bar = (lambda^rate - 1) / (lambda - 1) gamma B.
 
 Why a scan? An (h, h) kernel C A_bar^k B_bar for each k is too large. One FFT for each
-state works too (fft_scan), but only while A_bar is the same at every step; a scan needs
-neither. With v = B_bar u_k two steps,
+state works too (fft_scan), but only while A_bar is the same at every step. A scan needs no
+constant A_bar: rate may be one number for each sample. With v = B_bar u_k two steps,
 
     x -> a x + v,  x -> a' x + v'    are one    x -> a'a x + (a'v + v').           (3)
 
@@ -170,8 +170,8 @@ class LRU(nn.Module):
 
 def drive(hold, B, u):
     """hold * (B u_k) for all k: hold (n) or (b, l, n), B (n, h), u (b, h, l) -> (b, l, n)
-    complex. B u is one product of real matrices, Re and Im of B side by side: twice as fast
-    as a complex one."""
+    complex. B u is one product of real matrices, Re and Im of B side by side, because
+    u is real: half the arithmetic of a complex product."""
     if hold.dim() == 1:
         B = hold[:, None] * B
     B = torch.view_as_real(B.mT.contiguous()).flatten(-2).to(u.dtype)   # (h, 2n)
@@ -219,8 +219,9 @@ def linear_scan(a, v, x, T=32):
         starts    x     | x1    | x3      a scan of the ends, by (3): x1 = a1 a0 x + e0
         states    x0 x1 | x2 x3 | x4 x5   each chunk from its start: x2 = a2 x1 + v2
 
-    So a loop of l steps becomes 2T steps on each of log_T(l) levels. Rounding a to the
-    precision of v adds up over T steps, not over l: the product of a chunk is in double.
+    So a loop of l steps becomes at most 2T steps on each of about log_T(l) levels, 95 in
+    all for l = 1024. Rounding a to the precision of v adds up over T steps, not over l: the
+    product of a chunk is in double.
     """
     check(T > 1, f"{T=}: pass a chunk length of 2 or more")
     l = v.shape[-2]
@@ -312,7 +313,7 @@ if __name__ == "__main__":
     y, state = layer(u, layer.initial_state(2))
     A_bar, B_bar, _ = layer.discretize()
     steps = [(A_bar, u_k.to(A_bar.dtype) @ B_bar.mT) for u_k in u.unbind(-1)]
-    while len(steps) > 1:                               # combine by twos: a tree
+    while len(steps) > 1:                   # combine by twos, a tree: l is a power of 2
         steps = [combine(*pair) for pair in zip(steps[::2], steps[1::2])]
     first, x = layer(u[..., :300], layer.initial_state(2))
     second, _ = layer(u[..., 300:], x)

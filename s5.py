@@ -21,9 +21,9 @@ input and a single output, and need another layer to mix the features. S5 is one
 many inputs and many outputs: B and C mix, and the state has n numbers instead of h n.
 
 Why a scan? An (h, h) kernel C A_bar^k B_bar for each k is too large. One FFT for each
-state works too (fft_scan), but only while A_bar is the same at every step. A scan needs
-neither, so that samples may come at irregular times: rate may be one number for each of
-them (section 6.3). With v = B_bar u_k two steps,
+state works too (fft_scan), but only while A_bar is the same at every step. A scan
+needs no constant A_bar, so that samples may come at irregular times: rate may be one number
+for each of them (section 6.3). With v = B_bar u_k two steps,
 
     x -> a x + v,  x -> a' x + v'    are one    x -> a'a x + (a'v + v').           (3)
 
@@ -36,8 +36,8 @@ stored. With conj_sym=False, p = n independent ones, and y_k = Re(C x_k) + D u_k
 Where it starts. Lambda are the eigenvalues of the normal part of HiPPO-LegS, of size
 n / blocks, once for each block. B and C are random, in the basis of its eigenvectors V:
 V^{-1} B = V* B and C V. Differs from the official code: B has variance 1/h (there 1/n) and
-C 1/n (there 1/(h n)), so that h does not change the size of y. n does: for n = 16, 64, 256
-the standard deviation of y - D u is 0.97, 0.52, 0.32 if u is constant.
+C 1/n (there 1/(h n)), so that h does not change the size of y. n does: if u is constant,
+y - D u has 0.91, 0.54, 0.31 of its size for n = 16, 64, 256.
 
 Free-running dynamics from a state: layer(torch.zeros(b, h, n_steps), state).
 
@@ -120,8 +120,8 @@ class S5(nn.Module):
         z = dt * Lambda
         if self.disc == "bilinear":
             return (1 + z / 2) / (1 - z / 2), dt / (1 - z / 2)
-        limit = dt * (1 + z / 2 + z ** 2 / 6)           # with two derivatives
-        hold = torch.expm1(z) / torch.where(Lambda == 0, 1, Lambda)     # exp(z) - 1
+        limit = dt * (1 + z / 2 + z ** 2 / 6)           # at Lambda = 0, and 2 derivatives
+        hold = torch.expm1(z) / torch.where(Lambda == 0, 1, Lambda)
         return torch.exp(z), torch.where(Lambda == 0, limit, hold)
 
     def matrices(self):
@@ -163,8 +163,9 @@ class S5(nn.Module):
         method: scan, conv (FFT, whose rounding is relative to the largest u), or step, (2)
         Raises ValueError for a u, state, rate or method that does not fit.
         """
-        one_way = not self.bidirectional or state is None and method != "step"
-        check(one_way, "bidirectional=True: it has no state and no step")
+        stateful = state is not None or method == "step"
+        check(not (self.bidirectional and stateful),
+              "bidirectional=True: it has no state and no step")
         check_input(u, 3, self.h, state, (self.p,), rate)
         check(method in ("scan", "conv", "step"), f"{method=}: choose scan, conv or step")
         varies = isinstance(rate, torch.Tensor)
@@ -203,8 +204,8 @@ class S5(nn.Module):
 
 def drive(hold, B, u):
     """hold * (B u_k) for all k: hold (n) or (b, l, n), B (n, h), u (b, h, l) -> (b, l, n)
-    complex. B u is one product of real matrices, Re and Im of B side by side: twice as fast
-    as a complex one."""
+    complex. B u is one product of real matrices, Re and Im of B side by side, because
+    u is real: half the arithmetic of a complex product."""
     if hold.dim() == 1:
         B = hold[:, None] * B
     B = torch.view_as_real(B.mT.contiguous()).flatten(-2).to(u.dtype)   # (h, 2n)
@@ -252,8 +253,9 @@ def linear_scan(a, v, x, T=32):
         starts    x     | x1    | x3      a scan of the ends, by (3): x1 = a1 a0 x + e0
         states    x0 x1 | x2 x3 | x4 x5   each chunk from its start: x2 = a2 x1 + v2
 
-    So a loop of l steps becomes 2T steps on each of log_T(l) levels. Rounding a to the
-    precision of v adds up over T steps, not over l: the product of a chunk is in double.
+    So a loop of l steps becomes at most 2T steps on each of about log_T(l) levels, 95 in
+    all for l = 1024. Rounding a to the precision of v adds up over T steps, not over l: the
+    product of a chunk is in double.
     """
     check(T > 1, f"{T=}: pass a chunk length of 2 or more")
     l = v.shape[-2]
@@ -385,7 +387,7 @@ if __name__ == "__main__":
     y, state = layer(u, layer.initial_state(2))
     A_bar, B_bar, _ = layer.discretize()
     steps = [(A_bar, u_k.to(A_bar.dtype) @ B_bar.mT) for u_k in u.unbind(-1)]
-    while len(steps) > 1:                               # combine by twos: a tree
+    while len(steps) > 1:                   # combine by twos, a tree: l is a power of 2
         steps = [combine(*pair) for pair in zip(steps[::2], steps[1::2])]
     first, x = layer(u[..., :300], layer.initial_state(2))
     second, _ = layer(u[..., 300:], x)

@@ -12,7 +12,7 @@ n numbers each, are the same for all features. They depend on all, the vector u_
 
     dt_k = rate softplus(W u_k + bias),    B_k = W_B u_k,    C_k = W_C u_k.        (2)
 
-rate is ours, 1 in the paper: what was trained at one sampling rate runs at another.
+rate is ours, 1 in the paper: at rate 2 a model runs on its signal sampled half as often.
 
 What was wrong before. All layers from LSSL to LRU treat every sample alike: they cannot
 decide by its content what to keep. Here dt_k -> 0 skips a sample and leaves the state as it
@@ -24,16 +24,16 @@ B_i, depends on all samples between. There is no one kernel. But two steps in a 
 
     x -> a x + v,  x -> a' x + v'    are one    x -> a'a x + (a'v + v').           (3)
 
-So T steps are one step too, and blocks of T steps can run side by side: selective_scan.
+So a block of T steps is one step too. A short scan over the blocks gives the state before
+each of them, and then all blocks run side by side: selective_scan.
 
 Why are the states not kept for the gradient? All states (b, d, l, n) are n times as large
-as the input. The paper (section 3.3.2) computes them again in the backward pass, in the
-fast memory of a GPU. GroupScan does the same in the cache of a processor, and its gradient
-is a scan like (1), from the end to the beginning.
+as the input. As in the paper (section 3.3.2) they are computed again, and the gradient is a
+scan like (1), from the end to the beginning: GroupScan.
 
-Differs from the paper: (1) is the form of the official code. In the paper zero-order
-hold (its equation 4) is for B too: (exp(dt A) - 1) / A B instead of dt B. They agree where
-dt |A| is small. At the largest start here, 0.1 * 16 = 1.6, dt B is twice that hold.
+Differs from the paper, as the official code does: dt B stands for the zero-order hold
+A^{-1} (exp(dt A) - 1) B (its equation 4). They agree where dt |A| is small; at 1.6 = 0.1 *
+16, the largest start by default, dt B is twice the hold.
 
 Symbols: b batch, d features, l length; the paper's x, h are our u, x. u, y (b, d, l),
 x (b, d, n), A (d, n), D (d). Inside time comes first: u, dt (b, l, d), B, C (b, l, n).
@@ -87,10 +87,10 @@ class SelectiveSSM(nn.Module):
         """A (d, n) float64, and rate. No exp(dt_k A) yet: dt_k depends on the input."""
         check_rate(rate, self)
         A = -self.A_log.double().exp()
-        return A.clamp(min=-1e38), rate                 # finite in single precision, too
+        return A.clamp(min=-1e38), rate         # 0 * A is 0 in single precision, too
 
     def initial_state(self, batch_size):
-        """x_{-1} = 0: (b, d, n) float64, so that rounding stays small."""
+        """x_{-1} = 0: (b, d, n) float64. step stays in it, the scan takes the type of D."""
         return self.D.new_zeros(batch_size, self.d, self.n, dtype=torch.float64)
 
     def select(self, u, rate):
@@ -156,11 +156,12 @@ class Mamba(SelectiveSSM):
         v, z = W_in u,    o = W_out (SSM(silu(conv(v))) * silu(z)),    d = expand h
 
     d_conv: length of the causal convolution over each feature; it counts samples, not time
-    expand, dt_rank: d / h; auto is h / 16, rounded up
+    expand: d / h
+    dt_rank: as in SelectiveSSM, but auto is h / 16, rounded up
     bias, conv_bias: of W_in and W_out, and of conv. The others as in SelectiveSSM
 
-    A state is a pair: the last inputs of conv, (b, d, d_conv - 1), and x (b, d, n). The
-    official block holds the parameters of the SSM itself: for its names, a subclass.
+    A state is a pair: the last inputs of conv, (b, d, d_conv - 1), and x (b, d, n). It is
+    a subclass, so that its parameters have the names of the official block.
     """
 
     def __init__(self, d_model, d_state=16, *, d_conv=4, expand=2, dt_rank="auto",
@@ -194,14 +195,16 @@ class Mamba(SelectiveSSM):
 
     def forward(self, u, state=None, *, rate=1.0, method="scan"):
         """u (b, h, l), state or None -> o (b, h, l), last state or None."""
-        inputs, x = self.initial_state(u.shape[0]) if state is None else state
+        inputs, x = (None, None) if state is None else state
         check_input(u, 3, self.h, inputs, (self.d, self.d_conv - 1), rate)
+        if state is None:
+            inputs, x = self.initial_state(u.shape[0])
         if method == "step":
             return self.recurrence(u, state, rate)
         v = u.to(self.D.dtype).mT.contiguous()                  # (b, l, h)
         v, z = self.in_proj(v).chunk(2, -1)                     # (b, l, d) each
         v = torch.cat([inputs.to(v.dtype), v.mT], -1)           # with what is still seen
-        inputs = v[..., u.shape[-1]:].clone()                   # (b, d, d_conv - 1)
+        inputs = v[..., u.shape[-1]:].to(self.D.dtype, copy=True)       # no view of v
         v = F.silu(self.conv1d(v))                              # (b, d, l)
         y, x = super().forward(v, x, rate=rate, method=method)
         o = self.out_proj(y.mT * F.silu(z))                     # (b, l, h)
@@ -228,17 +231,18 @@ def step_by_step(u, dt, B, C, A, x):
 
 
 def selective_scan(u, dt, B, C, A, x, at_once=None, T=16):
-    """The same in groups of J blocks of T steps. One operation takes a step of all J: that
-    is at_once states, which fit the cache of a processor, or keep a GPU busy."""
+    """The same. Time is cut into blocks of T steps, and J blocks make a group. An operation
+    takes step i of all J blocks, which is at_once states: as many as fit the cache of a
+    processor, or keep a GPU busy. Groups follow each other."""
     at_once = at_once or (2 ** 20 if u.is_cuda else 2 ** 17)
     l = u.shape[-2]
     steps = [F.pad(t, (0, 0, 0, -l % T)) for t in (dt * u, dt, B, C)]   # dt = 0 keeps x
-    group = min(T * max(1, at_once // x.numel()), steps[0].shape[-2])   # T J
-    A = A.mT.contiguous()                               # features last, which is faster
+    size = min(T * max(1, at_once // x.numel()), steps[0].shape[-2])    # T J
+    A = A.mT[..., None, :, :].contiguous()              # features last, which is faster
     x = x.mT[..., None, :, :].contiguous()              # before the first block
     outputs = []
     with torch.autocast("cuda" if u.is_cuda else "cpu", enabled=False):
-        for part in zip(*(t.split(group, -2) for t in steps)):
+        for part in zip(*(t.split(size, -2) for t in steps)):
             y, x = GroupScan.apply(*part, A, x, T)
             x = x[..., -1:, :, :]                       # after the last block
             outputs.append(y)
@@ -247,26 +251,28 @@ def selective_scan(u, dt, B, C, A, x, at_once=None, T=16):
 
 class GroupScan(torch.autograd.Function):
     """J blocks of T steps, side by side: v = dt u and dt (.., l, d), B, C (.., l, n),
-    A (.., n, d), x (.., 1, n, d) before them -> y (.., l, d), x before, between and after
-    the blocks (.., J + 1, n, d).
+    A (.., 1, n, d), x (.., 1, n, d) before them -> y (.., l, d), and the states before,
+    between and after the blocks (.., J + 1, n, d).
 
-    autograd calls forward, has setup_context keep what backward will need, and later hands
-    backward the gradients of the loss with respect to both results. It returns those with
-    respect to all arguments of forward. Written out, because autograd's own would keep or
-    pass through some thirty arrays of the size of all states, and because it is a scan too:
-    let g and a name be the gradient with respect to it. x_k acts on y_k = C_k x_k, and on
-    x_{k+1} by a_{k+1} = exp(dt_{k+1} A), so that
+    Its gradient is written out. autograd calls forward, lets setup_context keep what is
+    needed later, and hands backward the gradients of the loss for both results; backward
+    returns one for each argument of forward, None for T. Write gq for the gradient for q.
+    x_k acts on y_k = C_k x_k, and on x_{k+1} by a_{k+1} = exp(dt_{k+1} A). So
 
-        gx_k = C_k gy_k + a_{k+1} gx_{k+1},                                            (4)
+        gx_k = C_k gy_k + z_{k+1},    z_k = a_k gx_k = a_k z_{k+1} + a_k C_k gy_k,     (4)
 
-    beginning at the end. The x between blocks are kept, the others made again.
+    where a state that was returned adds the gradient that comes for it. z is a scan as in
+    (3), from the end. From x_k = a_k x_{k-1} + B_k v_k follow, summed where q has no axis,
+
+        gv_k = B_k gx_k,   gB_k = v_k gx_k,   gC_k = gy_k x_k,   g(dt_k A) = z_k x_{k-1}.
+
+    Only one state in T is kept. The others are made again.
     """
     generate_vmap_rule = True                           # for torch.func
 
     @staticmethod
     def forward(v, dt, B, C, A, x, T):
         v, dt, B, C = (in_slices(t, T) for t in (v, dt, B, C))
-        A = A[..., None, :, :]
         a = [torch.exp(dt_i * A) for dt_i in dt]                # (.., J, n, d) each
         Bv = [B_i.mT * v_i for B_i, v_i in zip(B, v)]
         x = F.pad(x, (0, 0, 0, 0, 0, a[0].shape[-3] - 1))       # nothing enters later
@@ -284,49 +290,41 @@ class GroupScan(torch.autograd.Function):
         ctx.T = T
 
     @staticmethod
-    def backward(ctx, gy, gx):
-        *steps, A, x = ctx.saved_tensors
-        # the last block comes first, for (4) goes from each block to the one before
-        v, dt, B, C, gy = (in_slices(t, ctx.T, last_first=True) for t in (*steps, gy))
-        x, gx = x.flip(-3), gx.flip(-3)
-        A = A[..., None, :, :]
+    def backward(ctx, gy, g_states):
+        *steps, A, states = ctx.saved_tensors
+        v, dt, B, C, gy = (in_slices(t, ctx.T) for t in (*steps, gy))
         a = [torch.exp(dt_i * A) for dt_i in dt]
-        x = [x[..., 1:, :, :]]                                  # before step 0, 1, ...
+        x = [states[..., :-1, :, :]]                            # before step 0, 1, ...
         for a_i, B_i, v_i in zip(a, B, v):
             x.append(torch.addcmul(B_i.mT * v_i, a_i, x[-1]))
-        # z_k = a_k gx_k, what x_k passes on to x_{k-1}, is by (4) a scan in the form of
-        # (3): z_k = a_k z_{k+1} + a_k C_k gy_k
-        back = ((a_i, a_i * (C_i.mT * gy_i)) for a_i, C_i, gy_i in
-                zip(a[::-1], C[::-1], gy[::-1]))
-        z = block_starts(back, gx[..., :-1, :, :])
+        back = ((a_i, a_i * (C_i.mT * gy_i))                    # z in (4), last step first
+                for a_i, C_i, gy_i in zip(a[::-1], C[::-1], gy[::-1]))
+        z = block_starts(back, g_states[..., 1:, :, :], last_first=True)
         gv, gdt, gB, gC, gA = [], [], [], [], 0
         for i in reversed(range(ctx.T)):
-            g = torch.addcmul(z, C[i].mT, gy[i])                # gx_k, in all blocks
-            gv.append(B[i] @ g)
-            gB.append(v[i] @ g.mT)
+            gx = torch.addcmul(z, C[i].mT, gy[i])               # (4), in all blocks
+            gv.append(B[i] @ gx)
+            gB.append(v[i] @ gx.mT)
             gC.append(gy[i] @ x[i + 1].mT)
-            z = a[i] * g
-            g = z * x[i]                                        # with respect to dt_k A
-            gdt.append((g * A).sum(-2, keepdim=True))
-            gA = gA + g * dt[i]
-        over_time = [in_order(t[::-1], last_first=True) for t in (gv, gdt, gB, gC)]
-        gA = gA.sum(-3).sum_to_size(A.squeeze(-3).shape)
-        gx = (z + gx[..., 1:, :, :])[..., -1:, :, :]            # before the first block
+            z = a[i] * gx
+            gdtA = z * x[i]
+            gdt.append((gdtA * A).sum(-2, keepdim=True))
+            gA = gA + gdtA * dt[i]
+        over_time = [in_order(t[::-1]) for t in (gv, gdt, gB, gC)]
+        gA = gA.sum_to_size(A.shape)                            # over batch and blocks
+        gx = (z + g_states[..., :-1, :, :])[..., :1, :, :]      # before the first block
         return *over_time, gA, gx, None
 
 
-def in_slices(t, T, last_first=False):
+def in_slices(t, T):
     """Time is k = jT + i: (.., l, m) -> T slices (.., J, 1, m), step i of all blocks j."""
     t = t.unflatten(-2, (-1, T)).movedim(-2, 0)                 # (T, .., J, m)
-    t = t.flip(-2) if last_first else t
     return t.unsqueeze(-2).contiguous().unbind(0)
 
 
-def in_order(slices, last_first=False):
-    """The reverse of in_slices."""
-    t = torch.stack(slices, -2).squeeze(-3)                     # (.., J, T, m)
-    t = t.flip(-3) if last_first else t
-    return t.flatten(-3, -2)
+def in_order(slices):
+    """The inverse of in_slices."""
+    return torch.stack(slices, -2).squeeze(-3).flatten(-3, -2)
 
 
 def combine(first, second):
@@ -336,19 +334,22 @@ def combine(first, second):
     return a_next * a, torch.addcmul(v_next, a_next, v)
 
 
-def block_starts(steps, x):
-    """The state before each of J blocks, (.., J, n, d). steps: T pairs (a, v) of (3), step
-    i of all blocks; x: what is added from outside before each block, likewise."""
-    if x.shape[-3] == 1:
+def block_starts(steps, x, last_first=False):
+    """The state s_j before each of J blocks: s_j = a_{j-1} s_{j-1} + v_{j-1} + x_j, where
+    block j is (a_j, v_j) as one step. steps: T pairs (a, v) of (3), step i of all blocks;
+    x (.., J, n, d): what is added from outside. last_first: from the last block on."""
+    if x.shape[-3] == 1:                                # no other block: needs no step
         return x
-    a, v = reduce(combine, steps)                               # a block as one step
+    a, v = reduce(combine, steps)                               # (.., J, n, d)
+    if last_first:
+        a, v, x = (t.flip(-3) for t in (a, v, x))
     a = shift(a, 1)
-    v = shift(v, 1) + x                                         # from the block before
+    v = shift(v, 1) + x
     m = 1
-    while m < x.shape[-3]:                              # v: what the last m blocks bring
+    while m < x.shape[-3]:                              # (a, v): the last m blocks as one
         a, v = combine((shift(a, m), shift(v, m)), (a, v))
         m = 2 * m
-    return v
+    return v.flip(-3) if last_first else v
 
 
 def shift(t, m):
@@ -371,8 +372,8 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None,
     check(A.dim() == 2, f"A is {tuple(A.shape)}: pass floats (d, n)")
     b, d, l = u.shape
     n = A.shape[1]
-    g = max([1] + [t.shape[1] for t in (B, C) if t.dim() == 4])
-    BC = ((b, n, l), (b, g, n, l), (d, n))
+    groups = max([1] + [t.shape[1] for t in (B, C) if t.dim() == 4])
+    BC = ((b, n, l), (b, groups, n, l), (d, n))
     given = {"u": (u, (b, d, l)), "A": (A, (d, n)), "delta": (delta, (b, d, l)),
              "B": (B, *BC), "C": (C, *BC), "D": (D, (d,)), "z": (z, (b, d, l)),
              "delta_bias": (delta_bias, (d,)), "initial_state": (initial_state, (b, d, n))}
@@ -380,7 +381,7 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None,
         if t is not None:
             check(t.shape in shapes and t.is_floating_point() and t.numel() > 0,
                   f"{name} is {t.dtype} {tuple(t.shape)}: pass floats, one of {shapes}")
-    check(d % g == 0, f"B, C have {g} groups: pass a divisor of {d=}")
+    check(d % groups == 0, f"B, C have {groups} groups: pass a divisor of {d=}")
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
     v = u.to(dtype)
     dt = delta.to(dtype)
@@ -391,9 +392,9 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None,
     x = v.new_zeros(b, d, n) if initial_state is None else initial_state
     B, C = (t[..., None].expand(b, d, n, l) if t.dim() == 2 else t.reshape(b, -1, n, l)
             for t in (B, C))
-    g = max(B.shape[1], C.shape[1])                         # d, if one is constant
-    B, C = (t.to(dtype).repeat_interleave(g // t.shape[1], 1) for t in (B, C))
-    A, x, u_g, dt = (t.to(dtype).unflatten(-2, (g, -1)) for t in (A, x, v, dt))
+    groups = max(B.shape[1], C.shape[1])                    # d, if one is constant
+    B, C = (t.to(dtype).repeat_interleave(groups // t.shape[1], 1) for t in (B, C))
+    A, x, u_g, dt = (t.to(dtype).unflatten(-2, (groups, -1)) for t in (A, x, v, dt))
     y, x = scan(*(t.mT.contiguous() for t in (u_g, dt, B, C)), A, x)
     y = y.mT.flatten(1, 2)                                  # (b, d, l)
     if D is not None:
