@@ -374,12 +374,13 @@ def test_s5_3_one_step_size():
 
 def test_lru_1_without_gamma():
     """1 / (1 - |A_bar|^2), the variance of x for white noise; gamma^2 is its inverse."""
+    layer = LRU(4, r_min=0.9, r_max=0.999)
+    u = torch.randn(64, 4, 1000)
     sizes = []
     for gamma in (True, False):
-        layer = LRU(4, r_min=0.9, r_max=0.999)
         if not gamma:
             layer.gamma_log.data.zero_()
-        _, x = layer(torch.randn(64, 4, 1000), layer.initial_state(64))
+        _, x = layer(u, layer.initial_state(64))
         sizes.append(x.abs().square().mean())
     show(with_without=sizes)
     assert 0.6 < sizes[0] < 1.5 and sizes[1] > 8 * sizes[0]
@@ -409,7 +410,7 @@ def test_lru_3_disk_or_ring():
 
 # ---- selective_scan.py ----
 
-def test_selective_scan_1_constant_B_or_dt():
+def test_selective_1_constant_B_or_dt():
     """dt = 0 also keeps the state, exp(0 A) = 1; with B = 0 it goes on decaying."""
     class ConstantB(SelectiveSSM):
         def select(self, u, rate):
@@ -428,7 +429,7 @@ def test_selective_scan_1_constant_B_or_dt():
     assert constant_dt > 3 * constant_B and s4d > 0.7
 
 
-def test_selective_scan_2_zero_order_hold():
+def test_selective_2_zero_order_hold():
     """The factor depends on the feature (dt, A) and the state: (b, l, d, n). B is (b, l,
     n), for all features."""
     class Hold(SelectiveSSM):
@@ -451,7 +452,7 @@ def test_selective_scan_2_zero_order_hold():
     assert errors[1] < errors[0] / 5
 
 
-def test_selective_scan_3_dt_after_training():
+def test_selective_3_dt_after_training():
     """At a flag exp(dt A) is near 0, and forgets; elsewhere it is near 1, and keeps."""
     loss, net = copying(SelectiveSSM(8, 2), steps(150, 130))
     value = torch.randn(16, 64)
@@ -465,7 +466,7 @@ def test_selective_scan_3_dt_after_training():
     assert at_flags[i] > 30 * elsewhere[i]
 
 
-def test_selective_scan_4_without_the_backward_pass():
+def test_selective_4_without_the_backward_pass():
     """Each step of the loop keeps its factor exp(dt A) and its state, (b, d, n) each; the
     written gradient keeps the inputs, (b, d) and (b, n) a step, and one state of 16."""
     written, = [cls for cls in vars(selective_scan).values()
@@ -551,7 +552,7 @@ def main(names):
 def test_each_exercise_of_the_page_has_four_lines_and_a_solution():
     page = (layers.ROOT / "docs" / "course.md").read_text()
     parts = re.split(r"^\*\*(\w+ \d), .*\*\*$", page, flags=re.M)[1:]
-    names = [name.replace(" ", "_").replace("selective", "selective_scan")
+    names = [name.replace(" ", "_")
              for name in parts[::2]]
     for name, text in zip(names, parts[1::2]):
         lines = re.findall(r"^- (Do|With|You should see|Why)[:,]", text, re.M)
