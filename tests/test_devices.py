@@ -56,7 +56,7 @@ def test_one_device(case):
 
 @pytest.mark.parametrize("options, l", [({"bidirectional": True}, 5), ({}, 270)], ids=str)
 def test_one_device_in_other_forms_of_s4(options, l):
-    """In both directions; and by dense powers, for more than 32 n steps."""
+    """In both directions; and by dense powers, for 16 n steps or more."""
     layer = importlib.import_module("s4").S4(4, 8, **options)
     with on_fake_gpu(layer):
         rehearse(layer, 4, ["conv"], not options, l)
