@@ -215,12 +215,13 @@ def in_steps(layer, u, state, rate=1.0):
     return torch.stack(outputs, -1), state
 
 
-def gradients(layer, u, x, method, call=None):
-    """Output and last state of the layer, or of call in its place, and the gradients of a
+def gradients(layer, u, x, method, compiled=None):
+    """Output and last state of the layer, or of its compiled form, and the gradients of a
     random linear function of both: by input, state and parameters."""
+    call = layer if compiled is None else compiled
     u = u.clone().requires_grad_()
     x = None if x is None else like(x, [t.clone().requires_grad_() for t in leaves(x)])
-    y, last = (call or layer)(u, x, method=method, rate=1.7)
+    y, last = call(u, x, method=method, rate=1.7)
     loss = (y * signal(*y.shape, seed=5, dtype=y.dtype)).sum()
     for t in leaves(last):
         t = torch.view_as_real(t) if t.is_complex() else t
