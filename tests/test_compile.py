@@ -82,13 +82,13 @@ def test_lengths_share_a_graph(monkeypatch):
     up after eight graphs of a function. (In s5.py and lru.py there is a graph for each
     number of chunks.)"""
     torch._dynamo.reset()
-    set_block(monkeypatch, "selective", 4)
+    set_block(monkeypatch, "selective", 2)
     case, = named("selective")
     layer = case.build()
     counter = CompileCounter()
     compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend=counter)
     with torch.no_grad():
-        for l in range(5, 17):
+        for l in range(3, 9):
             u = signal(2, case.h, l)
             assert error(compiled(u)[0], layer(u)[0]) <= 1e-5, l
     assert counter.frame_count <= 4
