@@ -10,7 +10,7 @@ import torch
 from torch.func import functional_call, grad, hessian, jacrev, stack_module_state, vmap
 from torch.nn.parallel import DistributedDataParallel
 
-from layers import CASES, ROOT, error, leaves, random_state, signal
+from layers import ROOT, error, leaves, named, random_state, signal
 from test_compile import set_block
 
 LAYERS = ["lssl", "s4", "dss", "s4d", "gss", "s5", "lru", "selective", "mamba"]
@@ -18,7 +18,7 @@ LAYERS = ["lssl", "s4", "dss", "s4d", "gss", "s5", "lru", "selective", "mamba"]
 
 def build(name):
     """A small layer and an input."""
-    case = next(case for case in CASES if case.name == name)
+    case, = named(name)
     return case, case.build(), signal(3, case.h, 3)
 
 
@@ -130,8 +130,12 @@ def by_distributed(layer, u):
 
 
 def by_export(layer, u):
-    """torch.export, at a fixed length."""
-    return torch.export.export(layer, (u,)).module()(u)[0], {}
+    """torch.export, for any batch."""
+    shapes = ({0: torch.export.Dim("batch", min=2, max=100)},)
+    program = torch.export.export(layer, (u,), dynamic_shapes=shapes).module()
+    v = signal(7, *u.shape[1:])
+    assert error(program(v)[0], layer(v)[0]) <= 1e-5
+    return program(u)[0], {}
 
 
 def is_ours(warning):
@@ -155,35 +159,35 @@ def process_group(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(not torch.__version__.startswith("2.13"),
-                    reason="the table is that of torch 2.13")
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("name", LAYERS)
-def test_the_table(name, feature, process_group, monkeypatch):
-    if "compiler" in feature.__name__ and name in ("selective", "mamba"):
-        set_block(monkeypatch, name, 8)                 # a graph has each step of a block
-    case, layer, u = build(name)
+def compare(name, feature, **options):
+    """Output and gradients by a feature with those of a plain call; no warning of ours."""
+    _, layer, u = build(name)
     expected, gradients = run(layer, layer, u)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.filterwarnings("ignore", "Grad strides")   # DDP, of a dimension of size 1
-        y, found = feature(layer, u)
+        y, found = feature(layer, u, **options)
     assert error(y, expected) <= 1e-5
     for parameter, gradient in found.items():
         assert error(gradient, gradients[parameter]) <= 1e-5, parameter
     assert not [str(w.message) for w in caught if is_ours(w)]
 
 
+@pytest.mark.skipif(not torch.__version__.startswith("2.13"),
+                    reason="the table is that of torch 2.13")
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_table(name, feature, process_group, monkeypatch):
+    if name in ("selective", "mamba"):                  # a graph has each step of a block
+        set_block(monkeypatch, name, 2 if feature is by_export else 8)
+    compare(name, feature)
+
+
 @pytest.mark.parametrize("by", [by_func, by_vmap, by_ensemble, by_jacobian])
 @pytest.mark.parametrize("name, method", [("s5", "conv"), ("lru", "conv"),
                                           ("selective", "step"), ("mamba", "step")])
 def test_torch_func_works_in_the_other_modes(name, method, by):
-    case, layer, u = build(name)
-    expected, gradients = run(layer, layer, u)
-    y, found = by(layer, u, method=method)
-    assert error(y, expected) <= 1e-5
-    for parameter, gradient in found.items():
-        assert error(gradient, gradients[parameter]) <= 1e-5, parameter
+    compare(name, by, method=method)
 
 
 @pytest.mark.parametrize("name", LAYERS)
