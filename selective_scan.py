@@ -185,6 +185,8 @@ class Mamba(SelectiveSSM):
         """The block once: u (b, h), state -> o (b, h), next state."""
         inputs, x = (None, None) if state is None else state
         check_input(u, 2, self.h, inputs, (self.d, self.d_conv - 1), rate)
+        if discrete is None:
+            check_rate(rate, self)                              # before any map is called
         v, z = self.in_proj(u.to(self.D.dtype)).chunk(2, -1)    # (b, d) each
         v = torch.cat([inputs.to(v.dtype), v[..., None]], -1)   # (b, d, d_conv)
         inputs = v[..., 1:].to(self.D.dtype, copy=True)         # no view of v
@@ -199,6 +201,7 @@ class Mamba(SelectiveSSM):
         check_input(u, 3, self.h, inputs, (self.d, self.d_conv - 1), rate)
         if state is None:
             inputs, x = self.initial_state(u.shape[0])
+        check_rate(rate, self)                                  # before any map is called
         if method == "step":
             return self.recurrence(u, state, rate)
         v = u.to(self.D.dtype).mT.contiguous()                  # (b, l, h)
