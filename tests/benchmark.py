@@ -435,8 +435,8 @@ def operators(h=16):
     """How many operators a forward pass and a training step launch, as lines of Markdown. Nothing is computed."""
     lines = [f"## Operators in one pass through one layer, h = {h}, batch 1", "",
              "On a GPU each is the launch of a kernel, about 5 microseconds, whatever its size. Forward is without",
-             "gradients; f+b is forward and backward. They do not depend on h and batch, but for the selective scan: it",
-             "works in groups of 2^21 states (b d n l), counted here, on a CPU, and 2^24 on a GPU: then fewer launches.", "",
+             "gradients; f+b is forward and backward. Only those of the selective scan depend on h and batch: one group",
+             "has 2^21 states (b h n l, in mamba 2 h) on a CPU, as here, and 2^24 on a GPU: then fewer launches.", "",
              f"| layer | forward, l = {L} | l = {16 * L} | f+b, l = {L} | l = {16 * L} |",
              "| --- | ---: | ---: | ---: | ---: |"]
     for name, cls in OPERATORS.items():
