@@ -231,7 +231,7 @@ def draw_gss(figure):
 
 
 def draw_s5(figure):
-    """The scan in blocks: all blocks from zero, a scan of their ends, all blocks again."""
+    """The scan in chunks: all chunks from zero, a scan of their ends, all chunks again."""
     first, second = figure.subplots(1, 2, sharey=True)
     T = 8
     l = 5 * T
@@ -239,22 +239,22 @@ def draw_s5(figure):
     v = torch.randn(l, 1, dtype=a.dtype)
     zero = torch.zeros_like(a)
     x = loop_scan(a, v, zero)                                           # (l, 1)
-    blocks = v.view(-1, T, 1)                                           # (J, T, 1)
-    from_zero = loop_scan(a, blocks, torch.zeros(len(blocks), 1, dtype=a.dtype))
+    chunks = v.view(-1, T, 1)                                           # (J, T, 1)
+    from_zero = loop_scan(a, chunks, torch.zeros(len(chunks), 1, dtype=a.dtype))
     ends = from_zero[:, -1]                                             # (J, 1)
-    starts = linear_scan(a ** T, ends, zero)        # the states after each block
-    from_start = loop_scan(a, blocks, torch.cat([zero[None], starts[:-1]]))
+    starts = linear_scan(a ** T, ends, zero)        # the states after each chunk
+    from_start = loop_scan(a, chunks, torch.cat([zero[None], starts[:-1]]))
     for ax, states in ((first, from_zero), (second, from_start)):
         ax.plot(x.real, color="0.75", lw=6, label="the loop, step by step")
-        for j, block in enumerate(states):
-            ax.plot(range(j * T, j * T + T), block.real, ".-", color=f"C{j}")
+        for j, chunk in enumerate(states):
+            ax.plot(range(j * T, j * T + T), chunk.real, ".-", color=f"C{j}")
             ax.axvline(j * T - 0.5, color="0.8", lw=0.8)
         ax.set(xlabel=STEP)
     k = range(T - 1, l, T)
-    first.plot(k, ends.real, "o", color="black", label="the end of a block")
+    first.plot(k, ends.real, "o", color="black", label="the end of a chunk")
     second.plot(k, starts.real, "s", color="black", label="a scan of the ends alone")
-    first.set(title="Each block of 8 steps from 0", ylabel="Re x_k (no unit)")
-    second.set(title="Each block again, from where it really starts")
+    first.set(title="Each chunk of 8 steps from 0", ylabel="Re x_k (no unit)")
+    second.set(title="Each chunk again, from where it really starts")
     for ax in (first, second):
         legend_below(ax, 2)
 

@@ -105,7 +105,7 @@ def test_s4d_2_lin_against_inv():
         again = math.e * K[:, 200:400]                  # one period of 2 / dt later
         changes.append((again - K[:, :200]).square().mean() / K[:, :200].square().mean())
         highest.append(layer.A_imag.max())
-    show(change_lin_inv=changes, highest_lin_inv=highest)
+    show(squared_difference=changes, largest_A_imag=highest)
     assert changes[0] < 1e-6 and changes[1] > 0.1
     assert highest[1] > 10 * highest[0]
 
@@ -131,17 +131,20 @@ def test_lssl_1_reconstruct_a_jump():
     only the width of the ripples goes as 1/n."""
     u = (torch.arange(1000) >= 600).double()[None, None]        # a jump 400 samples ago
     s = torch.arange(1000) / 1000.0
-    overshoot = []
+    above = []
+    below = []
     width = []
     for n in (16, 32, 64):
         layer = LSSL(1, n, measure="legt", dt_min=1e-3, dt_max=1e-3).double()
         _, state = layer(u, layer.initial_state(1))
         past = lssl.reconstruct("legt", state[0, 0], s.double())
         middle = past[100:900]
-        overshoot.append(middle.max() - 1)
+        above.append(middle.max() - 1)
+        below.append(-middle.min())
         width.append(((middle > 0.1) & (middle < 0.9)).sum())
-    show(overshoot=overshoot, samples_of_the_edge=width)
-    assert 0.05 < min(overshoot) and max(overshoot) < 0.25
+    show(above_1=above, below_0=below, samples_of_the_edge=width)
+    assert 0.07 < min(above) and max(above) < 0.095
+    assert 0.085 < min(below) and max(below) < 0.115
     assert width[0] > 2 * width[2]
 
 
@@ -208,17 +211,17 @@ def test_s4_1_error_against_q():
 
 
 def test_s4_2_random_Lambda():
-    """With HiPPO the state holds the past as coefficients of polynomials, and C has to read
-    the value of ten steps ago from them. Random frequencies are no basis of the recent
-    past."""
+    """With HiPPO the past, as coefficients of polynomials, from which C reads the value of
+    ten steps ago. Lambda, P and B have this meaning only together: one alone changed, the
+    state is some mixture of the past, and C finds little in it."""
     losses = []
     for random in (False, True):
-        layer = S4(4, dt_min=0.1)
+        layer = S4(4, dt_min=0.1, lr=0.0)
         if random:
             layer.A_imag.data = 100 * torch.rand_like(layer.A_imag)
         losses.append(delay(layer, 100))
     show(hippo_random=losses)
-    assert losses[1] > 3 * losses[0]
+    assert losses[0] < 0.1 and losses[1] > 0.4
 
 
 def test_s4_3_without_P():
@@ -297,11 +300,11 @@ def test_gss_1_bottleneck():
     """4 / bottleneck: all, two, one. What does not come through has a loss of 1."""
     losses = []
     for bottleneck in (1, 2, 4):
-        losses.append(delay(GSS(4, bottleneck=bottleneck), steps(100, 70)))
+        losses.append(delay(GSS(4, bottleneck=bottleneck), 300))
         wide = GSS(64, bottleneck=bottleneck)
         show_time(f"bottleneck {bottleneck}", wide, torch.randn(1, 64, 1024))
     show(loss_1_2_4=losses)
-    assert losses[0] < 0.6 and losses[1] > 0.4 and losses[2] > 0.65
+    assert losses[0] < 0.3 and 0.45 < losses[1] < 0.6 and losses[2] > 0.7
 
 
 def test_gss_2_without_the_gate():
@@ -329,20 +332,20 @@ def test_gss_3_train_dt():
 
 # ---- s5.py ----
 
-def test_s5_1_block_length():
+def test_s5_1_chunk_length():
     """The loop makes 1024 calls of an operation with few numbers each, where the call
-    itself is the cost. A tree makes ten levels of calls, with copies at each. Blocks of 4
+    itself is the cost. A tree makes ten levels of calls, with copies at each. Chunks of 4
     to 32 make few calls with many numbers."""
     a = torch.rand(64, dtype=torch.complex128) / 2
     v = torch.randn(1, 1024, 64, dtype=torch.complex64)
-    x = torch.zeros(1, 64, dtype=torch.complex128)
+    x = torch.randn(1, 64, dtype=torch.complex128)
     results = []
     for T in (2, 4, 8, 32, 1024):
         results.append(s5.linear_scan(a, v, x, T))
         show_time(f"T = {T}", s5.linear_scan, a, v, x, T)
-    show(difference=max((other - results[0]).abs().max() for other in results))
-    for other in results:
-        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
+    differences = [(other - results[0]).abs().max() / results[0].abs().max() for other in results]
+    show(difference=max(differences))
+    assert max(differences) < 1e-6
 
 
 def test_s5_2_blocks():
