@@ -131,7 +131,7 @@ class LSSL(nn.Module):
         A_bar, B_bar, C = discrete or self.discretize(rate)
         fits = A_bar.shape == (self.h, self.n, self.n)
         check(fits, "discrete: it was made by another layer")
-        x = matvec(A_bar, state.double()) + B_bar * u[..., None]         # (b, h, n)
+        x = matvec(A_bar, state.double()) + B_bar * u[..., None]        # (b, h, n)
         y = (C * x[:, None]).sum(-1) + self.D * u[:, None]              # (b, m, h)
         return y.flatten(1).to(u.dtype), x
 
