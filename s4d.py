@@ -21,8 +21,8 @@ Train with (3): the whole sequence at once, by FFT. Generate with (2): one sampl
 time. They are one function, so a state can also enter and leave a convolution.
 
 What was wrong before. S4's HiPPO matrix is dense, and its kernel needs much algebra. DSS
-found that the diagonal of its normal part does as well, with a softmax over time or without
-(dss.py). S4D explained why, and showed that simple formulas for the diagonal do, too. Then
+found that the eigenvalues of its normal part do as well, with a softmax over time or
+without (dss.py). S4D explained why, and showed that simple formulas for them do, too. Then
 A is a vector, and (3) multiplies powers of A_bar, a Vandermonde matrix, by C B_bar.
 
 Why complex, and why 2 Re? Eigenvalues of a real system come in conjugate pairs, as do B
