@@ -197,7 +197,7 @@ MODELS = {
     "gss": ("gss.GSS", {"activation": "none"}, {"expand": 1, "measure": "diag-lin",
             "dt_min": 1e-3, "dt_max": 0.1, "train_dt": True}),      # the start of S4D
     "s5": ("s5.S5", {}, {}),
-    "lru": ("lru.LRU", {"d_state": 32},
+    "lru": ("lru.LRU", {"d_state": 32, "norm": "batch", "prenorm": True},    # as minimal-LRU
             {"r_min": 0.99, "r_max": 0.9999, "max_phase": 0.314}),
     "selective_scan": ("selective_scan.SelectiveSSM", {"d_state": 16}, {"lr": 1e-3}),
     "mamba": ("selective_scan.Mamba", {"d_state": 16, "n_layers": 2, "activation": "none"},
@@ -514,8 +514,9 @@ def parse(argv, model, stored):
     add("--d-model", type=int, default=128, help="features, default 128")
     add("--d-state", type=int, default=64, help="even; default 64, some models 32 or 16")
     add("--n-layers", type=int, default=4, help="blocks, default 4, mamba 2")
-    add("--norm", choices=["layer", "batch"], default="layer", help="default layer")
-    add("--prenorm", action="store_true", help="normalize before the layer, not after")
+    add("--norm", choices=["layer", "batch"], default="layer", help="layer, in lru batch")
+    add("--prenorm", action=argparse.BooleanOptionalAction, default=False,
+        help="normalize before the layer, not after; default in lru")
     add("--activation", choices=ACTIVATIONS, default="glu", help="some models none")
     add("--dropout", type=float, default=0.1, help="probability, default 0.1")
     add("--data", choices=["cifar10", "builtin"], default="auto", help="see above")
@@ -583,8 +584,7 @@ def main(argv):
         sys.stdout = open(os.devnull, "w")              # one process prints
     keep_freed_memory()
     models = MODELS if args.model == "all" else [args.model]
-    lines = []
-    failures = []
+    lines, failures = [], []
     try:
         jobs = [prepare(argv, model) for model in models]   # all, before the first starts
         known = [job[0].data for job in jobs if job[0].data != "auto"]

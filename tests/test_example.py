@@ -446,11 +446,17 @@ def test_every_model_in_every_mode(model, tmp_path):
     for key, value in layer.state_dict().items():
         assert torch.equal(value, net.layers[0].ssm.state_dict()[key])
     x = torch.rand(2, 30, 3)
-    whole, _ = net(x)
+    whole, _ = net.eval()(x)                                # batch norm as in a test
     whole.sum().backward()
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
     for piece in (7, 1):
         assert torch.allclose(example.evaluate(args, net, x, "", piece), whole, atol=1e-4)
+
+
+def test_a_flag_of_a_model_can_be_taken_back(tmp_path):
+    for flags, prenorm in (([], True), (["--no-prenorm"], False)):
+        _, net, *_ = prepare("--model", "lru", *SMALL, *flags, "--out", tmp_path)
+        assert net.layers[0].prenorm == prenorm
 
 
 # ---- the command ----
