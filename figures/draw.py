@@ -504,27 +504,23 @@ def draw_training(folder):
 
 
 def draw_curves(folder):
-    """The validation accuracy of every run in a folder, each curve with its name."""
+    """The validation accuracy of every run in a folder, named from the best to the worst."""
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     ax = figure.subplots()
-    ends = {}
+    curves = []
     for i, name in enumerate(example.MODELS):
         path = folder / name / "metrics.csv"
         if path.exists():
             table = read_metrics(path)
             accuracy = [100 * share for share in table["val_accuracy"]]
-            ax.plot(table["epoch"], accuracy, ".-", color=f"C{i}")
-            ends[name] = (table["epoch"][-1], accuracy[-1], f"C{i}")
-    example.check(ends, f"no <model>/metrics.csv in {folder}: pass a folder of runs")
+            label = f"{name} {accuracy[-1]:.1f}"
+            curve, = ax.plot(table["epoch"], accuracy, ".-", color=f"C{i}", label=label)
+            curves.append((accuracy[-1], i, curve))
+    example.check(curves, f"no <model>/metrics.csv in {folder}: pass a folder of runs")
     ax.set(title="Validation accuracy in training", xlabel="epoch", ylabel="accuracy (%)")
     ax.xaxis.get_major_locator().set_params(integer=True)
-    low, high = ax.get_ylim()
-    height = low
-    for name, (epoch, accuracy, color) in sorted(ends.items(), key=lambda item: item[1][1]):
-        height = max(accuracy, height + 0.05 * (high - low))    # names do not overlap
-        ax.annotate(f"{name} {accuracy:.1f}", (epoch, accuracy), (epoch + 0.1, height),
-                    color=color, va="center", annotation_clip=False)
-    ax.set_xlim(right=max(epoch for epoch, _, _ in ends.values()) * 1.25)
+    best_first = [curve for *_, curve in sorted(curves, reverse=True)]
+    figure.legend(handles=best_first, loc="outside right center", labelcolor="linecolor")
     return figure
 
 

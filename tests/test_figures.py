@@ -85,16 +85,16 @@ def test_run_and_curves(model, tmp_path):
 
 
 def test_curves_name_every_run(tmp_path):
-    for model, accuracies in (("s4d", (0.2, 0.5)), ("lru", (0.3, 0.4999))):
+    for model, accuracies in (("s4d", (0.2, 0.4999)), ("lru", (0.3, 0.5))):
         (tmp_path / model).mkdir()
         rows = [f"{i},{accuracy}\n" for i, accuracy in enumerate(accuracies, 1)]
         table = "epoch,val_accuracy\n" + "".join(rows)
         (tmp_path / model / "metrics.csv").write_text(table)
-    ax, = draw.draw_curves(tmp_path).axes
-    names = {text.get_text(): text.get_position()[1] for text in ax.texts}
-    assert set(names) == {"s4d 50.0", "lru 50.0"}
-    assert names["s4d 50.0"] - names["lru 50.0"] > 1            # they do not overlap
-    assert [list(line.get_ydata()) for line in ax.lines] == [[20, 50], [30, 49.99]]
+    figure = draw.draw_curves(tmp_path)
+    names, = ([text.get_text() for text in legend.texts] for legend in figure.legends)
+    assert names == ["lru 50.0", "s4d 50.0"]                    # the best comes first
+    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
+    assert lines == {"s4d 50.0": [20, 49.99], "lru 50.0": [30, 50]}
 
 
 def test_the_training_of_a_run(tmp_path):
