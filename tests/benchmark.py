@@ -414,7 +414,7 @@ def bench_example(table, module):
     block = both_ways(lambda: fft_conv(u, K), [u, K]), both_ways(lambda: g @ mix, [g, mix])
     floor = [both_ways(lambda: pixels @ encoder, [encoder]), *n_layers * block,
              both_ways(lambda: pooled @ head, [pooled, head])]
-    table.time("example: training step, against its FFTs and products (keep_freed_memory)", train_step,
+    table.time("example, s4d at batch 64: training step, against its FFTs and products (keep_freed_memory)", train_step,
                lambda: [part() for part in floor], at_most=1.5, same=False)
 
 
@@ -435,7 +435,7 @@ def operators(h=16):
     """How many operators a forward pass and a training step launch, as lines of Markdown. Nothing is computed."""
     lines = [f"## Operators in one pass through one layer, h = {h}, batch 1", "",
              "On a GPU each is the launch of a kernel, about 5 microseconds, whatever its size. Forward is without",
-             "gradients; f+b is forward and backward. Only those of the selective scan depend on h and batch: one group",
+             "gradients; f+b is forward and backward. Only those of the selective scan depend on h and batch: a group",
              "has 2^21 states (b h n l, in mamba 2 h) on a CPU, as here, and 2^24 on a GPU: then fewer launches.", "",
              f"| layer | forward, l = {L} | l = {16 * L} | f+b, l = {L} | l = {16 * L} |",
              "| --- | ---: | ---: | ---: | ---: |"]
