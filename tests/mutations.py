@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SKIPPED = [".git", ".venv", ".pytest_cache", "__pycache__", "data", "runs"]
 # file, what is broken, the text, what replaces it, the tests that must notice
 MUTATIONS = [
     ("s4d", "the factor 2 of the pairs", "y = 2 * (C * x)", "y = (C * x)", "tests/test_modes.py -k s4d"),
@@ -199,7 +200,7 @@ def main(words):
     survived, sound = 0, set()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", ".pytest_cache"))
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*SKIPPED))
         for file, what, text, broken, tests in MUTATIONS:
             if not all(word in f"{file} {what}" for word in words):
                 continue
