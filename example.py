@@ -197,7 +197,7 @@ MODELS = {
     "gss": ("gss.GSS", {"activation": "none"}, {"expand": 1, "measure": "diag-lin",
             "dt_min": 1e-3, "dt_max": 0.1, "train_dt": True}),      # the start of S4D
     "s5": ("s5.S5", {}, {}),
-    "lru": ("lru.LRU", {"d_state": 32, "norm": "batch", "prenorm": True},   # as minimal-LRU
+    "lru": ("lru.LRU", {"d_state": 32, "norm": "batch", "prenorm": True},
             {"r_min": 0.99, "r_max": 0.9999, "max_phase": 0.314}),
     "selective_scan": ("selective_scan.SelectiveSSM", {"d_state": 16}, {"lr": 1e-3}),
     "mamba": ("selective_scan.Mamba", {"d_state": 16, "n_layers": 2, "activation": "none"},
